@@ -18,6 +18,8 @@ from distributor_node.services.api.status import UsageReader
 from distributor_node.shared.adapters.volume.intake import ImportSource
 from distributor_node.shared.domain.errors import DistributorError, QueryRejected, VolumeError
 from distributor_node.shared.observability.metrics import (
+    PARTIAL_OBJECTS,
+    PARTIAL_RESERVED,
     QUEUE_JOBS,
     STATE_STORE_CLIENTS,
     STATE_STORE_COMMANDS,
@@ -150,6 +152,8 @@ class HealthChecks:
         STORAGE_RESERVED.set(usage.reserved)
         STORAGE_LIMIT.set(usage.limit)
         STORAGE_OBJECTS.set(usage.objects)
+        PARTIAL_OBJECTS.set(usage.parked)
+        PARTIAL_RESERVED.set(usage.parked_bytes)
 
     async def _update_state_store(self) -> None:
         stats = await self._context.state.server_stats()

@@ -360,6 +360,8 @@ SCHEMAS: Json = {
     "StatusResponse": record(
         optional=[
             "downloadsQueued",
+            "partialObjects",
+            "partialBytes",
             "workersAlive",
             "version",
             "workerId",
@@ -374,6 +376,10 @@ SCHEMAS: Json = {
         uptime=count("Seconds."),
         downloadsInProgress=count(),
         downloadsQueued=count("Jobs that have not begun."),
+        partialObjects=count("Partial objects that no download continues now."),
+        partialBytes=count(
+            "Reserved for them: what they hold, some seconds after their downloads have ended."
+        ),
         workersAlive=count("Fetchers."),
         version=_TEXT,
         workerId=count("Only if the node serves a worker's buckets."),

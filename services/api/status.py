@@ -105,6 +105,8 @@ class StatusReporter:
             "uptime": int(time.monotonic() - self._started),
             "downloadsInProgress": usage.fetches,
             "downloadsQueued": usage.queued,
+            "partialObjects": usage.parked,
+            "partialBytes": usage.parked_size,
             "workersAlive": self._context.fetch_capacity.workers_alive or 0,
             "version": VERSION,
             "nodeEnv": settings.environment,

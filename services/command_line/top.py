@@ -266,7 +266,13 @@ def _volume(volume: Mapping[str, Any]) -> list[RenderableType]:
         ("█" * used, "blue"), ("▒" * reserved, "blue"), ("░" * max(0, _BAR_WIDTH - used - reserved), "dim")
     )
     objects = f"{size(volume['used'])} in {volume['objects']} objects"
-    words = f"  {objects}, {size(volume['reserved'])} reserved, of {size(limit)}"
+    parked = volume.get("parked")  # a node of an earlier version does not tell
+    partial = (
+        f", {parked['objects']} partial objects hold {size(parked['held'])}"
+        if parked and parked["objects"]
+        else ""
+    )
+    words = f"  {objects}, {size(volume['reserved'])} reserved, of {size(limit)}{partial}"
     return [_heading("Volume"), bar.append(words, "default")]
 
 

@@ -1,19 +1,21 @@
 """Adoption: files on the volume that the state store does not know enter the index. The disk is the truth.
 
-`Adoption` takes in complete files; `PartialReaper` accounts for partial files, and removes abandoned ones.
+`Adoption` takes in complete files; `PartialReaper` accounts for partial files, and removes those that are abandoned or
+worth least.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 import structlog
 
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.node_import import NodeImport
+from distributor_node.services.evictor.removal import RemovalOutcome
 from distributor_node.shared.adapters.volume import (
     FoundObject,
     FoundPartial,
@@ -24,9 +26,9 @@ from distributor_node.shared.adapters.volume import (
 )
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
-from distributor_node.shared.observability.metrics import RECONCILED
+from distributor_node.shared.observability.metrics import PARTIAL_HELD, RECONCILED
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, IndexEntry, Lease, StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
@@ -185,6 +187,12 @@ def _as_index_entry(entry: PolicyEntry) -> IndexEntry:
 _RESUME_FRACTION = 0.8
 """Share of the time that a worker waits for space: its request is still in force then."""
 
+_KEEP_UNPROVED = 600.0
+"""Seconds that a partial file is kept which no response can be proved to continue: the next fetch begins again."""
+
+_VIEWER_GRACE = 6.0
+"""Seconds after which a client that was reported is gone. API processes report every two seconds."""
+
 
 @dataclass(slots=True)
 class SweepResult:
@@ -195,19 +203,46 @@ class SweepResult:
 
 
 class PartialReaper:
-    """Ends abandoned fetches, and frees their reservations when space is needed."""
+    """Accounts for partial files, shrinks their reservations to what they hold, and ends fetches.
+
+    A parked fetch keeps the bytes reserved that its file takes:
+
+    1. The lease is stolen: no worker can begin.
+    2. The file is locked: no writer is left, not even one whose lease has expired. It is synced and measured.
+    3. `park` shrinks the reservation and ends the lease, in one step of the store.
+    4. `begin` claims the rest in one step before a byte is written. Without room the fetch stays as it is, and the
+       object is proxied.
+
+    Killed before 3, the lease expires with the reservation as it was. A worker that gives up its fetch does 2 and 3
+    under its own lease. A removal does 1, locks the file, removes it and releases the reservation: killed before its
+    last step, it leaves a parked fetch without a file, whose reservation the next sweep releases.
+    """
 
     def __init__(
-        self, state: StateStore, volume: Volume, adoption: Adoption, keep: float, space_wait: float
+        self,
+        state: StateStore,
+        volume: Volume,
+        adoption: Adoption,
+        index: EvictionIndex,
+        keep: float,
+        space_wait: float,
     ) -> None:
-        """`keep`: seconds that an abandoned partial file waits to be resumed; `space_wait`: seconds that a worker waits
-        for the space that it has requested."""
+        """`keep`: seconds that a partial file is kept without a view; `space_wait`: seconds that a worker waits for the
+        space that it has requested."""
         self._state, self._volume, self._adoption, self._keep = state, volume, adoption, keep
+        self._index = index
         self._resume_grace = _RESUME_FRACTION * space_wait
+        self._found: Mapping[ObjectId, FoundPartial] = {}  # as of the last sweep
 
-    async def sweep(self, term: Term) -> SweepResult:
-        """Account for unknown partial files, remove unusable and old ones, and end parked fetches without a file."""
+    async def sweep(self, term: Term, *, measure: bool = False) -> SweepResult:
+        """Account for unknown partial files, remove unusable and old ones, and end parked fetches without a file.
+
+        `measure`: also compare the files of all parked fetches with what these have reserved. The store may have lost
+        its last second.
+        """
+        lost = measure and not (await self._state.usage()).reconciled
         found, others = await run_blocking(_scan_partials, self._volume)
+        self._found = found
         unreadable = [file for file in others if isinstance(file, UnreadableFile)]
         for file in unreadable:
             logger.error("partial_unreadable", file=file.path, reason=file.reason)
@@ -215,7 +250,8 @@ class PartialReaper:
         fetches = {fetch.object_id: fetch for fetch in await self._state.fetches()}
         for partial in found.values():
             try:
-                await self._reconcile_one(term, partial, fetches.get(partial.object_id))
+                fetch = fetches.get(partial.object_id)
+                await self._reconcile_one(term, partial, fetch, measure=measure, lost=lost)
             except VolumeError as error:
                 logger.error("partial_unreadable", object_id=partial.object_id, reason=str(error))
                 result.unreadable += 1
@@ -225,28 +261,69 @@ class PartialReaper:
                     await self._reap(term, fetch.object_id, "left_no_file")
                 except VolumeError as error:
                     logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
+        parked = await self._refresh_order()
+        PARTIAL_HELD.set(sum(found[one.object_id].held for one in parked if one.object_id in found))
         return result
+
+    async def prepare(self, term: Term) -> None:
+        """Before objects are evicted: release what parked fetches do not need, and put them into the order."""
+        for fetch in await self._state.fetches():
+            if self._may_shrink(fetch):
+                try:
+                    await self._shrink(term, fetch.object_id)
+                except VolumeError as error:
+                    logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
+        await self._refresh_order()
+
+    async def _refresh_order(self) -> Sequence[Fetch]:
+        """Let the policy order the partial objects that no worker fetches. Returns all of these.
+
+        Fetches that were parked a short time ago with the whole reservation are left out: their jobs are on the way to
+        another worker.
+        """
+        parked = [fetch for fetch in await self._state.fetches() if fetch.phase is FetchPhase.PARKED]
+        self._index.set_partials([self._with_access(fetch) for fetch in parked if self._is_left(fetch)])
+        return parked
+
+    def _with_access(self, fetch: Fetch) -> Fetch:
+        """The fetch; with the time when its file last grew as its last access, if none was saved."""
+        found = self._found.get(fetch.object_id)
+        if fetch.last_access or found is None:
+            return fetch
+        return replace(fetch, last_access=min(found.changed_at, time.time()))
+
+    def _is_left(self, fetch: Fetch) -> bool:
+        """Whether no worker is expected to resume a parked fetch soon."""
+        return fetch.is_shrunk or fetch.age >= min(self._resume_grace, self._keep)
+
+    async def evict(self, term: Term, object_id: ObjectId) -> RemovalOutcome:
+        """End the fetch of a partial object that the policy has chosen, unless a worker or a client has it in use."""
+        try:
+            freed = await self._reap(term, object_id, "evicted", unless_read=True)
+        except VolumeError as error:
+            logger.error("partial_unreadable", object_id=object_id, reason=str(error))
+            return RemovalOutcome.FAILED
+        return RemovalOutcome.REMOVED if freed else RemovalOutcome.IN_USE
 
     async def free(self, term: Term, wanted: int) -> int:
         """Discard parked fetches, longest parked first, until `wanted` bytes are free. Returns the bytes freed.
 
-        Fetches that were parked a short time ago stay: their jobs are on the way to another worker, and clients may be
-        following their files.
+        For passes that find no other victim: those that were viewed a short time ago go, too. Fetches that were parked
+        a short time ago stay: their jobs are on the way to another worker.
         """
         if wanted <= 0:
             return 0
-        min_age = min(self._resume_grace, self._keep)
         parked = [
             fetch
             for fetch in await self._state.fetches()
-            if fetch.phase is FetchPhase.PARKED and fetch.age >= min_age
+            if fetch.phase is FetchPhase.PARKED and self._is_left(fetch)
         ]
         freed = 0
         for fetch in sorted(parked, key=_age, reverse=True):
             if freed >= wanted:
                 break
             try:
-                freed += await self._reap(term, fetch.object_id, "space_wanted")
+                freed += await self._reap(term, fetch.object_id, "space_wanted", unless_read=True)
             except VolumeError as error:
                 logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
         return freed
@@ -255,27 +332,70 @@ class PartialReaper:
         """Discard the fetch of this object, if it is parked."""
         await self._reap(term, object_id, "purged")
 
-    async def _reconcile_one(self, term: Term, partial: FoundPartial, fetch: Fetch | None) -> None:
+    async def _reconcile_one(
+        self, term: Term, partial: FoundPartial, fetch: Fetch | None, *, measure: bool, lost: bool
+    ) -> None:
+        """`measure`: see `sweep`; `lost`: the store does not match the volume yet."""
         if fetch is not None and fetch.phase is FetchPhase.FETCHING:
             return
         object_id = partial.object_id
-        too_large = fetch is not None and fetch.phase is FetchPhase.PARKED and partial.size > fetch.size
-        if fetch is None or fetch.phase is not FetchPhase.PARKED or too_large:
-            # A claim may have a reservation already; the store adds none twice
+        parked = fetch is not None and fetch.phase is FetchPhase.PARKED
+        too_large = fetch is not None and parked and partial.size > fetch.size
+        if fetch is None or too_large or (not parked and (lost or not fetch.is_shrunk)):
+            # A claim may have a reservation already; the store adds none twice. Of one with less than the whole the
+            # worker claims the rest, unless the store has lost that
             await self._adoption.adopt_partial(term, object_id, partial.size)
         sidecar = await run_blocking(self._volume.partial_record, object_id)
-        idle = time.time() - partial.changed_at
         if sidecar is None or partial.size > sidecar.size or too_large:
             await self._reap(term, object_id, "unusable")
-        elif max(idle, fetch.age if fetch else 0.0) > self._keep:
-            await self._reap(term, object_id, "abandoned")
+        elif self._unused_for(partial, fetch) > (self._keep if _is_resumable(sidecar) else _KEEP_UNPROVED):
+            await self._reap(term, object_id, "abandoned", unless_read=True)
+        elif fetch is None or self._may_shrink(fetch) or (measure and fetch.is_shrunk):
+            await self._shrink(term, object_id)
 
-    async def _reap(self, term: Term, object_id: ObjectId, reason: str) -> int:
+    def _unused_for(self, partial: FoundPartial, fetch: Fetch | None) -> float:
+        """Seconds since the file last grew, its fetch was parked, or it was viewed."""
+        now = time.time()
+        unused = max(now - partial.changed_at, fetch.age if fetch else 0.0)
+        last_access = fetch.last_access if fetch else 0.0
+        return min(unused, now - last_access) if last_access else unused
+
+    def _may_shrink(self, fetch: Fetch) -> bool:
+        """Whether a fetch has more reserved than its file takes, for longer than the next worker needs to resume it."""
+        if fetch.phase is not FetchPhase.PARKED or fetch.is_shrunk or fetch.age < self._resume_grace:
+            return False
+        found = self._found.get(fetch.object_id)
+        return found is None or footprint(found.held) < fetch.reserved
+
+    async def _shrink(self, term: Term, object_id: ObjectId) -> None:
+        """Reserve what the file of a parked fetch holds, as the class describes it."""
+        lease = await self._state.steal_lease(term, object_id)
+        if lease is None:
+            return
+        try:
+            held = await run_blocking(self._volume.measure_partial, object_id)
+        except PartialHeld:
+            # A writer that the store has forgotten: it may write the whole
+            await self._state.park(lease)
+            await self._adoption.adopt_partial(term, object_id, 0)
+            return
+        except VolumeError:
+            await self._state.park(lease)
+            raise
+        await self._state.park(lease, held)
+        if held is not None and held > lease.size:
+            await self._state.adopt_partial(term, object_id, held)
+
+    async def _reap(self, term: Term, object_id: ObjectId, reason: str, *, unless_read: bool = False) -> int:
         """End a fetch without a live worker: take its lease, remove its file, release its reservation.
 
         Returns the bytes freed. They are 0 if a worker has the fetch again, still writes although its lease has
-        expired, or has completed the object.
+        expired, or has completed the object. `unless_read`: or if clients read the file, or wait for more of it.
         """
+        if unless_read:
+            [viewed] = await self._state.last_viewed([object_id])
+            if viewed is not None and viewed < _VIEWER_GRACE:
+                return 0
         stored = await run_blocking(self._volume.find_object, object_id)
         if await self._adoption.adopt(term, object_id) is not AdoptionResult.NOT_ADOPTED:
             return 0  # its worker completed the file, and died before it could tell the store
@@ -283,7 +403,7 @@ class PartialReaper:
         if lease is None:
             return 0
         try:
-            removed = await run_blocking(_remove, self._volume, lease, stored)
+            removed = await run_blocking(_remove, self._volume, lease, stored, unless_read)
         except PartialHeld:
             logger.info("partial_in_use", object_id=object_id)
             removed = False
@@ -299,11 +419,15 @@ class PartialReaper:
         return footprint(lease.size)
 
 
-def _remove(volume: Volume, lease: Lease, stored: FoundObject | None) -> bool:
+def _remove(volume: Volume, lease: Lease, stored: FoundObject | None, unless_read: bool) -> bool:
     """Remove the partial file. False if its writer, although its lease had expired, has completed the object since
     `stored` was looked at: then the reservation accounts for the new file."""
-    volume.discard_partial(lease.object_id, lease.size)
+    volume.discard_partial(lease.object_id, lease.size, unless_read=unless_read)
     return volume.find_object(lease.object_id) == stored
+
+
+def _is_resumable(sidecar: StoredRecord) -> bool:
+    return sidecar.version.is_strong and not sidecar.growing
 
 
 def _age(fetch: Fetch) -> float:

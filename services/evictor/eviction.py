@@ -1,7 +1,7 @@
 """Eviction: keeps the volume below its high watermark, and frees space that a worker requests.
 
 `Eviction.run` is one pass: it asks the policy for victims, has them removed in batches (`removal.py`), and logs what
-went and why.
+went and why. Partial objects that no worker fetches are in the same order, and are removed by `adoption.py`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Eviction:
     async def _evict_until_enough(
         self, term: Term, usage: Usage, device_free: int, report: PassReport
     ) -> None:
-        watermarks = self._rules.watermarks
+        watermarks, prepared = self._rules.watermarks, False
         if usage.used + usage.reserved > watermarks.high:
             # Once begun, down to the low mark
             watermarks = Watermarks(low=watermarks.low, high=watermarks.low)
@@ -118,6 +118,11 @@ class Eviction:
                 self._set_blocked(0)
                 return
             await self._index.refresh()
+            if not prepared:
+                prepared = True
+                await self._reaper.prepare(term)
+                usage = await self._state.usage()
+                continue
             reason = watermarks.reason_to_evict(usage, wanted, device_free)
             victims = self._select(needed, reason)
             if not victims:
@@ -142,13 +147,28 @@ class Eviction:
             spared=self._spared_until.keys() | self.pinned,
             at_most=at_most,
         )
-        return [Victim(entry, now - entry.last_access, policy.inflation, reason) for entry in chosen]
+        return [
+            Victim(
+                entry,
+                now - entry.last_access,
+                policy.inflation,
+                reason,
+                self._index.is_partial(entry.object_id),
+            )
+            for entry in chosen
+        ]
 
     async def _evict(self, term: Term, victims: Sequence[Victim], report: PassReport) -> int:
         """Evict one batch; the bytes freed."""
-        outcomes = await self._remover.evict_batch(term, victims, self._rules.min_idle)
+        partials = [victim for victim in victims if victim.partial]
+        objects = [victim for victim in victims if not victim.partial]
+        outcomes = list(await self._remover.evict_batch(term, objects, self._rules.min_idle))
+        for victim in partials:
+            outcomes.append(await self._reaper.evict(term, victim.object_id))
+            if outcomes[-1] is RemovalOutcome.REMOVED:
+                self._remover.record_removed(victim.object_id, victim, footprint(victim.entry.size))
         freed = 0
-        for victim, outcome in zip(victims, outcomes, strict=True):
+        for victim, outcome in zip([*objects, *partials], outcomes, strict=True):
             report.add(victim, outcome)
             if outcome is RemovalOutcome.REMOVED:
                 freed += footprint(victim.entry.size)

@@ -24,6 +24,8 @@ from distributor_node.shared.adapters.volume.intake import ImportSource
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.eviction import make_policy
 from distributor_node.shared.observability.metrics import (
+    PARTIAL_OBJECTS,
+    PARTIAL_RESERVED,
     STORAGE_HIGH_WATERMARK,
     STORAGE_LIMIT,
     STORAGE_OBJECTS,
@@ -109,6 +111,8 @@ class Evictor:
         STORAGE_USED.set(usage.used)
         STORAGE_RESERVED.set(usage.reserved)
         STORAGE_OBJECTS.set(usage.objects)
+        PARTIAL_OBJECTS.set(usage.parked)
+        PARTIAL_RESERVED.set(usage.parked_bytes)
         return self._settings.interval
 
 
@@ -120,7 +124,8 @@ def _make_parts(
     remover = ObjectRemover(state, volume, index)
     node_import, copier = _make_node_import(settings, state, volume, catalog)
     adoption = Adoption(state, volume, index, node_import)
-    reaper = PartialReaper(state, volume, adoption, settings.evictor.partial_keep, settings.fetch.space_wait)
+    keep, space_wait = settings.evictor.partial_keep, settings.fetch.space_wait
+    reaper = PartialReaper(state, volume, adoption, index, keep, space_wait)
     rules = EvictionRules(settings.storage.watermarks, settings.evictor.min_idle)
     can_list, revision = catalog.can_list, revision_of(catalog)
     watcher = OperatorStateWatcher(state, volume.root, settings.assignment)

@@ -3,6 +3,8 @@
 A new leader fills it from the store's entries. Then it reads accesses each second. It learns of new objects by
 announcements and by their accesses; objects that both miss are found by counting. Changed views, accesses and
 priorities are written back every few seconds, with the position in the access log up to which they hold.
+
+Partial objects that no worker fetches are in the same order, with the bytes that they keep reserved as their size.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import EvictionPolicy, Gdsf, PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.eviction.policy import NO_BASIS
 from distributor_node.shared.domain.objects import CompactIdSet, ObjectId
-from distributor_node.shared.domain.space import ViewCoalescer
+from distributor_node.shared.domain.space import RECORD_BYTES, ViewCoalescer
 from distributor_node.shared.observability.metrics import REFETCHED_AFTER_EVICTION
 from distributor_node.shared.ports.state_store import (
     ACCESS_TIME_RESOLUTION,
     Access,
+    Fetch,
     IndexEntry,
     PolicyState,
     StateStore,
@@ -39,6 +42,7 @@ logger = structlog.get_logger()
 _READ_BATCHES = 200  # of the access log, at a time
 _SAVE_BATCH = 1000
 _MAX_CHANGED = 10_000
+_MAX_UNSTORED = 10_000
 _COMPARE_BATCH = 1000
 SIZE_BOUNDS = tuple(2**exponent for exponent in (16, 20, 22, 24, 26, 28, 30))  # bytes: 64 KiB to 1 GiB
 IDLE_BOUNDS = (10.0, 60.0, 600.0, 3600.0, 6 * 3600.0, 86400.0, 7 * 86400.0)  # seconds
@@ -71,6 +75,10 @@ class EvictionIndex:
         self._dirty: set[ObjectId] = set()  # changed since the last save
         self._changed: set[ObjectId] = set()  # announced, perhaps complete now
         self._views = ViewCoalescer()
+        self._partials: set[ObjectId] = set()  # of the objects in the policy
+        self._translated = False  # the priorities in the store were given by another version, policy or c0
+        # Views and last access of objects that are neither complete nor parked, those viewed last
+        self._unstored: OrderedDict[ObjectId, tuple[int, float]] = OrderedDict()
         # Objects that come or go while all entries are read; what is read of them may be older. None: no reading
         self._touched: set[ObjectId] | None = None
         self._map: dict[str, Any] = {}
@@ -88,13 +96,16 @@ class EvictionIndex:
                 basis = self.policy.basis  # the store was emptied
             if self.policy.name == Gdsf.name:
                 basis = await with_views(self._state, basis)
+            for object_id in self._partials:
+                self._remember_views(object_id)
+            self._partials.clear()
             self.policy = self._make_policy()
             self.policy.restore((), basis)
             await self._compare()
             self.policy.end_restore()
             self._position = self._saved_position = state.position
             self._dirty.clear()
-            self._former_basis = None
+            self._former_basis, self._translated = None, False
             current = self.policy.basis
             if (
                 current.policy == Gdsf.name
@@ -102,7 +113,7 @@ class EvictionIndex:
                 and ((basis.policy, basis.miss_cost) != (current.policy, current.miss_cost))
             ):
                 # Priorities were given by another version, policy or c0: write the translated ones
-                self._former_basis = state.basis
+                self._former_basis, self._translated = state.basis, True
                 self._dirty.update(self.policy.ids())
                 logger.info(
                     "order_recomputed", policy=current.policy, former_policy=basis.policy or None,
@@ -124,7 +135,7 @@ class EvictionIndex:
         cells = [[0, 0] for _ in range((len(SIZE_BOUNDS) + 1) * columns)]
         for number, object_id in enumerate(policy.ids(), start=1):
             entry = policy.get(object_id)
-            if entry is not None:
+            if entry is not None and object_id not in self._partials:
                 idle = now - entry.last_access
                 cell = cells[
                     bisect_right(SIZE_BOUNDS, entry.size) * columns + bisect_right(IDLE_BOUNDS, idle)
@@ -157,13 +168,14 @@ class EvictionIndex:
                         continue
                     if entry.evicting:
                         evicting[entry.object_id] = None
-                        self.policy.remove(entry.object_id)
-                    elif entry.object_id not in self.policy:
+                        self._forget(entry.object_id)
+                    elif entry.object_id not in self:
+                        self._partials.discard(entry.object_id)
                         self.policy.add(entry)
                 await asyncio.sleep(0)
             for start in range(0, len(held), _COMPARE_BATCH):
                 for object_id in held[start : start + _COMPARE_BATCH]:
-                    if object_id not in known and object_id not in touched:
+                    if object_id not in known and object_id not in touched and object_id in self:
                         self.policy.remove(object_id)
                 await asyncio.sleep(0)
         finally:
@@ -172,9 +184,65 @@ class EvictionIndex:
         self.evicting = {object_id: None for object_id in evicting if object_id not in touched} | left
         return known
 
+    def __contains__(self, object_id: ObjectId) -> bool:
+        """Whether this is a complete object."""
+        return object_id in self.policy and object_id not in self._partials
+
+    @property
+    def objects(self) -> int:
+        """Complete ones."""
+        return len(self.policy) - len(self._partials)
+
     def known_entry(self, object_id: ObjectId) -> PolicyEntry | None:
         """The entry of an object that the store has lost, as it was before."""
-        return self.policy.get(object_id) or self._previous.get(object_id)
+        known = self.policy.get(object_id) if object_id in self else None
+        return known or self._previous.get(object_id)
+
+    def is_partial(self, object_id: ObjectId) -> bool:
+        """Whether what is in the order is a partial object."""
+        return object_id in self._partials
+
+    def set_partials(self, parked: Sequence[Fetch]) -> None:
+        """These partial objects, and no others, compete with the complete ones.
+
+        Views are those that were saved, or were seen since. Of neither there is one, and the last access is when the
+        fetch was parked.
+        """
+        present = {fetch.object_id for fetch in parked}
+        for object_id in self._partials - present:
+            self._remember_views(object_id)
+            self._forget(object_id)
+        for fetch in parked:
+            object_id, size = fetch.object_id, max(0, fetch.reserved - RECORD_BYTES)
+            known = self.policy.get(object_id)
+            if object_id in self or (known is not None and known.size == size):
+                continue
+            if known is not None:
+                self._remember_views(object_id)
+            # What was saved of the priority holds as long as nothing has changed since
+            priority = 0.0 if self._translated or object_id in self._unstored else fetch.priority
+            views, last_access = self._unstored.pop(object_id, (0, 0.0))
+            last_access = max(last_access, fetch.last_access) or self._clock() - fetch.age
+            views = max(1, views, fetch.views)
+            entry = PolicyEntry(object_id, size, views, _quantize(last_access), priority)
+            self._partials.add(object_id)
+            self.policy.add(entry)
+            self._dirty.add(object_id)
+
+    def _remember_views(self, object_id: ObjectId) -> None:
+        entry = self.policy.get(object_id)
+        if entry is not None:
+            self._count_unstored(object_id, entry.frequency, entry.last_access)
+
+    def _count_unstored(self, object_id: ObjectId, views: int, at: float) -> None:
+        before, last = self._unstored.pop(object_id, (0, 0.0))
+        self._unstored[object_id] = (before + views, max(last, at))
+        if len(self._unstored) > _MAX_UNSTORED:
+            self._unstored.popitem(last=False)
+
+    def _forget(self, object_id: ObjectId, *, evicted: bool = False) -> None:
+        self._partials.discard(object_id)
+        self.policy.remove(object_id, evicted=evicted)
 
     def forget_previous(self) -> None:
         """Drop the entries from before the store was lost: volume and store agree again."""
@@ -183,7 +251,7 @@ class EvictionIndex:
     def mark_changed(self, object_id: str) -> None:
         """An object was announced: it may be complete now."""
         known = ObjectId(object_id)
-        if known in self.policy:
+        if known in self:
             # It may have been seen on the volume before the store knew it, so that the last save skipped it
             self._dirty.add(known)
         elif object_id and len(self._changed) < _MAX_CHANGED:
@@ -192,6 +260,7 @@ class EvictionIndex:
     def add(self, entry: PolicyEntry) -> None:
         """Add a complete object that the store knows."""
         self._touch(entry.object_id)
+        self._partials.discard(entry.object_id)
         self.policy.add(entry)
 
     def with_priorities(self, entries: Sequence[PolicyEntry]) -> Sequence[PolicyEntry]:
@@ -206,13 +275,13 @@ class EvictionIndex:
         basis = self.policy.basis
         if self.policy.name == Gdsf.name and entries and not basis.views:
             basis = basis.counting((entry.size, entry.frequency) for entry in entries)
-            self.policy.restore(list(self.policy.dump()), basis)
+            self.policy.restore(list(self.policy.dump()), basis)  # partial objects too
             self.policy.end_restore()
 
     def removed(self, object_id: ObjectId, *, evicted: bool = False) -> None:
         """Forget an object that is no longer in the store."""
         self._touch(object_id)
-        self.policy.remove(object_id, evicted=evicted)
+        self._forget(object_id, evicted=evicted)
         self.evicting.pop(object_id, None)
         self._dirty.discard(object_id)
 
@@ -236,20 +305,29 @@ class EvictionIndex:
         await self._apply_accesses()
 
     async def _add_changed(self) -> None:
-        changed = [object_id for object_id in self._changed if object_id not in self.policy]
+        changed = [object_id for object_id in self._changed if object_id not in self]
         self._changed.clear()
         if changed:
             now = self._clock()
             # In the order of time, because c0 moves with each view
             for found in sorted(await run_blocking(self._find, changed), key=_changed_at):
-                if found.object_id not in self.policy and found.object_id not in self.evicting:
-                    # It was fetched for a view: further ranges of that player are no second one
-                    begins_view = self._views.begins_view(found.object_id, found.changed_at)
+                if found.object_id not in self and found.object_id not in self.evicting:
+                    self._remember_views(found.object_id)
+                    self._forget(found.object_id)
                     self._touch(found.object_id)
-                    stored_at = _quantize(min(found.changed_at, now))
-                    self.policy.store(found.object_id, found.size, stored_at, begins_view=begins_view)
+                    self._store(found, _quantize(min(found.changed_at, now)))
                     self._dirty.add(found.object_id)  # the store knows no priority yet
                     self.ghosts.hit(found.object_id)
+
+    def _store(self, found: FoundObject, stored_at: float) -> None:
+        """Add an object that is complete now, with the views of its partial file."""
+        object_id = found.object_id
+        views, _ = self._unstored.pop(object_id, (0, 0.0))
+        # It was fetched for a view: further ranges of that player are no second one
+        views += self._views.begins_view(object_id, found.changed_at)
+        self.policy.store(object_id, found.size, stored_at, begins_view=views > 0)
+        if views > 1:
+            self.policy.access(object_id, views - 1, stored_at)
 
     async def _apply_accesses(self) -> None:
         async with self._loading:
@@ -268,11 +346,13 @@ class EvictionIndex:
         # In the order of time, not of reports, so that the order of equal priorities survives a restart
         now = self._clock()
         for access in sorted(accesses, key=_last_at):
+            # The clock of another host may be ahead, which must not protect the object from eviction
+            at = _quantize(min(access.last_at, now))
             if access.object_id in self.policy:
-                # The clock of another host may be ahead, which must not protect the object from eviction
-                at = _quantize(min(access.last_at, now))
                 self.policy.access(access.object_id, self._further_views(access, at), at)
                 self._dirty.add(access.object_id)
+            elif access.object_id not in self.evicting:
+                self._count_unstored(access.object_id, self._further_views(access, at), at)
 
     def _further_views(self, access: Access, at: float) -> int:
         """Views that this access adds. Several API processes may report requests of one and the same view."""

@@ -26,7 +26,7 @@ from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import Usage
-from distributor_node.shared.observability.metrics import DEVICE_FREE_INODES, DEVICE_INODES
+from distributor_node.shared.observability.metrics import DEVICE_FREE_INODES, DEVICE_INODES, PARTIAL_HELD
 from distributor_node.shared.ports.state_store import StateStore, Term, Topic
 from distributor_node.shared.runtime.operator_state import POLL_INTERVAL
 from distributor_node.shared.runtime.threads import run_blocking
@@ -203,7 +203,7 @@ class LeaderTasks:
 
     def _count_mismatch(self, usage: Usage) -> int:
         index = self._parts.index
-        return abs(usage.objects - len(index.policy) - len(index.evicting))
+        return abs(usage.objects - index.objects - len(index.evicting))
 
     async def _keep_index(self) -> float:
         await self._parts.index.refresh()
@@ -296,6 +296,7 @@ class LeaderTasks:
 
     async def _save_on_exit(self) -> None:
         """Save what has changed since the last save. The store refuses it if the term is over."""
+        PARTIAL_HELD.set(0)
         if self._parts.sources is not None:
             self._parts.sources.clear_gauges()
         if not self._index_loaded.is_set():

@@ -79,7 +79,7 @@ class Reconciliation:
         known = await self._index.resync()
         await self._remover.complete_all(term, len(self._index.evicting))
         # Partial files before objects: a file that is published between the two scans is seen by one of them
-        await self._reaper.sweep(term)
+        await self._reaper.sweep(term, measure=True)
         await self._remover.settle_trash(term)
         await self._adopt_unknown(term, known, findings)
         await self._check_entries(term, known, findings)
@@ -107,7 +107,7 @@ class Reconciliation:
             batch = object_ids[start : start + _SCAN_BATCH]
             inspections = await self._adoption.inspect(batch)
             for object_id, seen in zip(batch, inspections, strict=True):
-                if seen is None:
+                if seen is None and not self._index.is_partial(object_id):
                     self._index.removed(object_id)
             refused += await self._adopt_files(term, batch, inspections, findings)
         return refused

@@ -28,12 +28,11 @@ from distributor_node.shared.ports.state_store import StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
 MAX_RECENT = 100  # removed objects that the node's page is told of
-_SPACE = "space"  # label of the metrics for everything that is evicted to make room
+# Labels of the metrics for everything that is evicted to make room
+_SPACE, _PARTIAL = "space", "partial"
 
 ANY_IDLE = -1e12
 """Minimum idle time of an object that has to be removed however recently it was read."""
-
-MAX_RECENT = 100  # removed objects that the node's page is told of
 
 logger = structlog.get_logger()
 
@@ -55,12 +54,13 @@ class RemovalOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """An object that the policy has chosen, and why."""
+    """An object that the policy has chosen, and why. The size of a partial one is what it has reserved."""
 
     entry: PolicyEntry
     idle: float  # seconds since its last access
     inflation: float  # the policy's L at that moment
     reason: EvictionReason
+    partial: bool = False
 
     @property
     def object_id(self) -> ObjectId:
@@ -76,6 +76,7 @@ class Victim:
             "priority": self.entry.priority if has_priority else None,
             "inflation": self.inflation if has_priority else None,
             "reason": self.reason.value,
+            **({"partial": True} if self.partial else {}),
         }
 
 
@@ -176,7 +177,7 @@ class ObjectRemover:
                 outcomes[object_id] = RemovalOutcome.REMOVED
         for object_id, freed in zip(removed, await self._state.finish_evictions(term, removed), strict=True):
             self._reasons.pop(object_id, None)
-            self._record_removed(object_id, ready[object_id][0], freed)
+            self.record_removed(object_id, ready[object_id][0], freed)
         return outcomes
 
     async def _cancel(self, term: Term, object_id: ObjectId, error: VolumeError) -> None:
@@ -211,7 +212,7 @@ class ObjectRemover:
             else:
                 if await self._state.detach_eviction(term, object_id):
                     size = 0 if expected is None else expected[2]
-                    self._record_removed(object_id, self._reasons.pop(object_id, reason), size)
+                    self.record_removed(object_id, self._reasons.pop(object_id, reason), size)
         logger.info("eviction_deferred", object_id=object_id, reason=reason)
         return RemovalOutcome.DEFERRED
 
@@ -250,17 +251,18 @@ class ObjectRemover:
             return RemovalOutcome.DEFERRED
         reason = self._reasons.pop(object_id, "unfinished")
         freed = await self._state.finish_eviction(term, object_id)
-        self._record_removed(object_id, reason, freed)
+        self.record_removed(object_id, reason, freed)
         return RemovalOutcome.REMOVED
 
-    def _record_removed(self, object_id: ObjectId, reason: str | Victim, freed: int) -> None:
+    def record_removed(self, object_id: ObjectId, reason: str | Victim, freed: int) -> None:
+        """Forget an object whose file and entry, or whose partial file and fetch, are gone."""
         victim = reason if isinstance(reason, Victim) else None
         self._index.removed(object_id, evicted=victim is not None)
         if not freed:
             return
-        if victim is not None:
+        if victim is not None and not victim.partial:
             self._index.ghosts.add(object_id)
-        label = _SPACE if isinstance(reason, Victim) else reason
+        label = (_PARTIAL if reason.partial else _SPACE) if isinstance(reason, Victim) else reason
         EVICTIONS.labels(label).inc()
         EVICTED_BYTES.labels(label).inc(freed)
         fields = {"reason": label} if victim is None else victim.log_fields()

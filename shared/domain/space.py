@@ -37,6 +37,15 @@ class Usage:
     leaving: int = 0  # of `used`: removed objects that are still being sent, and that no entry stands for
     queued: int = field(default=0, compare=False)
     """Fetches whose job is published and has not begun."""
+    parked: int = field(default=0, compare=False)
+    """Partial objects that no worker fetches."""
+    parked_bytes: int = field(default=0, compare=False)
+    """Of `reserved`: what these keep."""
+
+    @property
+    def parked_size(self) -> int:
+        """`parked_bytes` without the records."""
+        return max(0, self.parked_bytes - self.parked * RECORD_BYTES)
 
     @property
     def free(self) -> int:

@@ -254,6 +254,16 @@ STORAGE_HIGH_WATERMARK = ReportedGauge(
     "distributor_storage_high_watermark_bytes", "Used and reserved bytes above which the evictor makes room."
 )
 STORAGE_OBJECTS = ReportedGauge("distributor_storage_objects", "Complete objects on the volume.")
+PARTIAL_OBJECTS = ReportedGauge("distributor_partial_objects", "Partial objects that no worker fetches.")
+PARTIAL_HELD = ReportedGauge(
+    "distributor_partial_held_bytes",
+    "Bytes that the files of partial objects take. 0 from an evictor that does not lead.",
+)
+PARTIAL_RESERVED = ReportedGauge(
+    "distributor_partial_reserved_bytes",
+    "Bytes reserved for partial objects: what they hold, and for some seconds after a fetch has ended all that it "
+    "had reserved.",
+)
 DEVICE_FREE_INODES = ReportedGauge(
     "distributor_device_free_inodes", "Files that can still be made on the device of the volume."
 )

@@ -29,7 +29,7 @@ from distributor_node.shared.domain.operator_state import (
     Warming,
     WarmingScope,
 )
-from distributor_node.shared.domain.space import AdmissionQuestion, Usage
+from distributor_node.shared.domain.space import AdmissionQuestion, Usage, footprint
 
 # Fetches
 
@@ -55,6 +55,16 @@ class Fetch:
     lease_left: float  # seconds until the lease, claim or queue mark expires; 0 if PARKED
     age: float  # seconds in this phase
     trace: str = ""  # traceparent of the span that claimed or fetches it; empty: it is not traced
+    reserved: int = 0  # bytes, record included: the footprint of the object, or what was kept by `park`
+    # As the policy last saved them, of a partial object that competes with stored ones; 0: never
+    views: int = 0
+    last_access: float = 0.0  # POSIX seconds
+    priority: float = 0.0
+
+    @property
+    def is_shrunk(self) -> bool:
+        """Whether less is reserved than the whole object needs: `begin` has to claim the rest."""
+        return 0 < self.reserved < footprint(self.size)
 
 
 class FailureCause(StrEnum):
@@ -288,7 +298,11 @@ class EvictorStore(Protocol):
         """Whether that term goes on."""
 
     async def space_requested(self) -> int:
-        """Bytes (footprints) of all live `request_space` requests that were not granted yet."""
+        """Bytes (footprints) of all live `request_space` requests that were not granted yet.
+
+        Less what a partial object that was parked with less than its whole reservation has kept: only the rest of it
+        is missing.
+        """
 
     async def begin_eviction(
         self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
@@ -338,7 +352,8 @@ class EvictorStore(Protocol):
         """Add a partial file that belongs to no fetch: PARKED, with `footprint(size)` bytes reserved.
 
         Even above the limit. A smaller reservation without a live lease grows. False if the fetch of the object has a
-        live lease, or a reservation that is large enough.
+        live lease, or a reservation that is large enough. A writer that the store has forgotten may still be writing:
+        `size` is what the file may grow to, until its lock proves that there is none (see `park`).
         """
 
     async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
@@ -380,6 +395,7 @@ class EvictorStore(Protocol):
     async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
         """Write frequency, last_access and priority of existing entries, and the policy's state, in one step.
 
+        An object that is not in the index and has a reservation is a partial one: its fetch keeps these fields.
         Entries that no longer exist are skipped. The access log before `state.position` is dropped.
         """
 
@@ -557,7 +573,8 @@ class StateStore(WorkerStore, ReportStore, OperatorStore, EvictorStore, Protocol
         `trace`: a traceparent, which replaces that of the claim.
 
         Never granted if used + reserved would exceed the limit. The reservation of a PARKED fetch or an expired lease
-        is taken over. It grows to `size` if that is larger and fits. It never shrinks, because the larger file of
+        is taken over. It grows to `size` if that is larger and fits: so a fetch that was parked with less claims the
+        rest in the same step, or gets NoSpace and stays as it is. It never shrinks, because the larger file of
         before may still be on the volume: see `return_surplus`. A grant drops the object's `request_space`. A
         remembered failure stays, hidden while the fetch is live, because this attempt may fail too.
         """
@@ -578,13 +595,19 @@ class StateStore(WorkerStore, ReportStore, OperatorStore, EvictorStore, Protocol
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         """The object is complete: reserved bytes become used, the object enters the index, its failure is dropped.
 
-        The entry has one view. Its last access is `stored_at` (POSIX seconds), but not later than the store's now.
-        False: the lease was lost and nothing is changed; the next worker or reconciliation adopts the file. An expired
-        lease can still be committed if no other process has taken it.
+        The entry has the views that were saved of the partial object, at least one. Its last access is `stored_at`
+        (POSIX seconds), but not later than the store's now. False: the lease was lost and nothing is changed; the next
+        worker or reconciliation adopts the file. An expired lease can still be committed if no other process has taken
+        it.
         """
 
-    async def park(self, lease: Lease) -> None:
-        """Release the lease and keep the reservation: a partial file stays on the volume."""
+    async def park(self, lease: Lease, held: int | None = None) -> None:
+        """Release the lease and keep the reservation: a partial file stays on the volume.
+
+        `held`: bytes that the file takes. The reservation shrinks to `footprint(held)`, in the same step, and what is
+        released is announced as SPACE_FREED. It never grows. Measure the file under the lease and its writer's lock,
+        so that no process can write it between the measurement and this call. None: the whole reservation is kept.
+        """
 
     async def release(self, lease: Lease) -> None:
         """Release lease and reservation. Only after the partial file was removed."""

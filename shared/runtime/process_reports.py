@@ -139,6 +139,7 @@ class RemovedObject(ReportPart):
     size: int | None = None
     views: int | None = None
     idle_seconds: float | None = None
+    partial: bool | None = None  # it was a partial object
 
 
 class VolumeMap(ReportPart):

@@ -351,8 +351,9 @@ class EvictorSettings(SettingsGroup):
     assignment_interval: Seconds = 6 * 3600.0
     """Seconds between two readings of the catalog's whole list, to find objects that are not assigned to the node any
     more. Formerly `duty_interval`, which still works."""
-    partial_keep: Seconds = 3600.0
-    """Seconds that an abandoned partial file is kept, so that its download can be resumed."""
+    partial_keep: Seconds = 7 * 24 * 3600.0
+    """Seconds that a partial file is kept at most after its last view, so that its download can be resumed. It takes
+    only the bytes that it holds, and goes earlier when space is needed and it is worth least."""
     scrub_rate: Size = Field(default=4 * 1024**2)
     """Bytes a second that the scrub reads. 0: off."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from distributor_node.services.demo.objects import DemoObject
-from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.domain.space import RECORD_BYTES, footprint
 from tests.chaos.harness import ChaosHarness
 from tests.chaos.watchers import VolumeScan, process_tree, scan_volume
 
@@ -63,7 +63,7 @@ async def accounting_problem(chaos: ChaosHarness) -> str | None:
         return "the index does not stand for the volume"
     if indexed != scanned.objects:
         return f"index and disk differ: {set(indexed.items()) ^ set(scanned.objects.items())}"
-    reserved = {str(fetch.object_id): fetch.size for fetch in fetches if fetch.size}
+    reserved = {str(fetch.object_id): fetch.reserved - RECORD_BYTES for fetch in fetches if fetch.reserved}
     if any(size > reserved.get(object_id, -1) for object_id, size in scanned.partials.items()):
         return f"partial files {scanned.partials}, reserved {reserved}"
     if scanned.bytes > usage.used + usage.reserved:

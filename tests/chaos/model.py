@@ -34,7 +34,7 @@ from distributor_node.shared.domain.extents import BLOCK
 from distributor_node.shared.domain.jobs import FetchJob, JobOutcome, Nack
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
-from distributor_node.shared.ports.state_store import Access, StateStore, Term
+from distributor_node.shared.ports.state_store import Access, Lease, StateStore, Term
 from distributor_node.shared.runtime.threads import BlockingPool
 from tests.chaos.model_parts import (
     IDS,
@@ -54,6 +54,21 @@ from tests.chaos.model_parts import (
 )
 
 ids = st.sampled_from(IDS).map(ObjectId)
+
+
+class WorkerStore(StoreOf):
+    """As the worker sees it. Where it gives up a fetch, only what the file holds stays reserved."""
+
+    async def park(self, lease: Lease, held: int | None = None) -> None:
+        if self._node.gives_up and held is None:
+            held = self._node.volume.measure_partial(lease.object_id)
+        await self._node.state.park(lease, held)
+
+
+def _bytes_of(path: Path) -> int:
+    """As in `bytes_on_volume`: of a partial file without its holes."""
+    seen = path.stat()
+    return min(seen.st_size, seen.st_blocks * 512) if path.suffix == ".part" else seen.st_size
 
 
 class Node(RuleBasedStateMachine):
@@ -76,6 +91,8 @@ class Node(RuleBasedStateMachine):
         self.full = 0.0  # see fill_store
         self.snapshots: list[Any] = []
         self.readers: list[OpenObject | PartialReader] = []
+        self.followers: list[PartialReader] = []  # of partial files that may be incomplete
+        self.gives_up = False
         self.purged: set[ObjectId] = set()  # and neither fetched nor requested since
         self.fetched_in_between: ObjectId | None = None
         self.source, self.dies_before, self.dies_after = ScriptedSource(), "", ""
@@ -87,7 +104,7 @@ class Node(RuleBasedStateMachine):
         await self.queue.open()
         self.state = await self._make_store()
         self.disk = BlockingPool(4)
-        worker_store = cast("StateStore", StoreOf(self, self._die_at))
+        worker_store = cast("StateStore", WorkerStore(self, self._die_at))
         # Nothing waits: the clock of the store moves by rules only
         rules = AdmissionRules(LIMIT, space_wait=0.0, lease=0.0)
         times = LeaseTimes(self.times.lease_seconds, self.times.lease_seconds / 3)
@@ -239,7 +256,7 @@ class Node(RuleBasedStateMachine):
         return True
 
     async def _fetch(self, job: FetchJob, plan: str, share: float) -> JobOutcome:
-        self.source.plan, self.source.share = plan, share
+        self.source.plan, self.source.share, self.gives_up = plan, share, plan == "give_up"
         self.dies_after = "begin" if plan == "die_after_begin" else ""
         self.dies_before = "commit" if plan == "die_before_commit" else ""
         errors = {"die_before_publish": Killed(), "full_at_publication": VolumeFull("full")}
@@ -262,11 +279,16 @@ class Node(RuleBasedStateMachine):
         `named`: a block behind the hole. `torn`: wrong bytes, which were never named. `unread`: its sidecar is lost.
         """
         record, reader = self.volume.partial_record(object_id), self.volume.open_partial(object_id)
-        if record is None or reader is None:
+        fetch = self.runner.run(self.state.find(object_id)).fetch
+        if reader is None:
             return
         with closing(reader):
-            if reader.state().verified:
+            if record is None or reader.state().verified:
                 return
+        if fetch is not None and (
+            fetch.is_shrunk or fetch.worker in (self.acting.holder, self.standby.holder)
+        ):
+            return  # the fetcher has ended in good order, or its file was looked at since
         partial_file = self.volume.open_partial_for_writing(record)
         body, first = body_of(object_id, record.size), block * BLOCK
         written = partial_file.extents
@@ -289,6 +311,59 @@ class Node(RuleBasedStateMachine):
             await self.acting.work("evict", self._existing(object_id), await self._term())
 
         self.runner.run(evict())
+
+    @rule(object_id=ids, seconds=st.sampled_from([0.0, 10.0]))
+    def make_room(self, object_id: ObjectId, seconds: float) -> None:
+        """Whole and partial objects compete. After ten seconds no worker resumes what was parked."""
+
+        async def make_room() -> None:
+            await self._pass(seconds)
+            spared = self._followed()
+            await self.acting.work("make_room", object_id, await self._term())
+            for reader in spared:
+                assert not reader.state().unlinked, "a follower keeps it"
+
+        self.runner.run(make_room())
+
+    @rule(object_id=ids)
+    def evict_partial(self, object_id: ObjectId) -> None:
+        async def evict() -> None:
+            spared = self._followed()
+            await self.acting.work("evict_partial", object_id, await self._term())
+            for reader in spared:
+                assert not reader.state().unlinked, "a follower keeps it"
+
+        self.runner.run(evict())
+
+    def _followed(self) -> Sequence[PartialReader]:
+        """Followers of files that are not verified, and are all that there is of their objects."""
+        return [
+            reader
+            for reader in self.followers
+            if not (reader.state().unlinked or reader.state().verified)
+            and self.volume.find_object(reader.object_id) is None
+        ]
+
+    @rule(object_id=ids)
+    def follow(self, object_id: ObjectId) -> None:
+        """A client begins to be sent a partial object."""
+        reader = self.volume.open_partial(object_id)
+        if reader is not None:
+            self.followers.append(reader)
+
+    @rule()
+    def finish_following(self) -> None:
+        if self.followers:
+            self.followers.pop(0).close()
+
+    @rule(object_id=ids, plan=st.sampled_from(PLANS), shares=st.tuples(st.floats(0.1, 1), st.floats(0, 1)))
+    def give_up_and_resume(self, object_id: ObjectId, plan: str, shares: tuple[float, float]) -> None:
+        """Its viewers leave, room is made, and another one comes."""
+        self.request(object_id, False)
+        self.work("give_up", shares[0])
+        self.make_room(object_id, 10.0)
+        self.request(object_id, False)
+        self.work(plan, shares[1])
 
     @rule()
     def reconcile(self) -> None:
@@ -355,7 +430,9 @@ class Node(RuleBasedStateMachine):
             self.runner.run(import_files())
 
     @rule(
-        kind=st.sampled_from(("evict", "purge", "settle", "sweep", "reconcile")),
+        kind=st.sampled_from(
+            ("evict", "purge", "settle", "sweep", "shrink", "evict_partial", "make_room", "reconcile")
+        ),
         object_id=ids,
         steps=st.integers(0, 12),
     )
@@ -506,7 +583,7 @@ class Node(RuleBasedStateMachine):
     def _files(self) -> Sequence[tuple[str, int]]:
         globs = ("objects/*/*", "incoming/*.part", "leaving/*")
         paths = [path for pattern in globs for path in self.volume.root.glob(pattern)]
-        return [(str(path.relative_to(self.volume.root)), path.stat().st_size) for path in paths]
+        return [(str(path.relative_to(self.volume.root)), _bytes_of(path)) for path in paths]
 
     def _bytes(self) -> int:
         return sum(size for _, size in self._files())
@@ -515,6 +592,8 @@ class Node(RuleBasedStateMachine):
         """Time passes, the evictor looks, workers work: every job ends, and nothing is promised any more."""
         while self.readers:
             self.finish_reading()
+        while self.followers:
+            self.finish_following()
         self.resume_leader()
 
         async def rest() -> None:

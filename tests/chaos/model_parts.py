@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from blake3 import blake3
 
 from distributor_node.services.evictor.adoption import Adoption, PartialReaper
+from distributor_node.services.evictor.eviction import Eviction, EvictionRules
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.node_import import NodeImport
 from distributor_node.services.evictor.operator_state import Purger
@@ -25,6 +26,7 @@ from distributor_node.shared.domain.errors import AllSourcesFailed
 from distributor_node.shared.domain.eviction import make_policy
 from distributor_node.shared.domain.jobs import RetryPlan
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
+from distributor_node.shared.domain.space import DeviceSpace, Watermarks
 from distributor_node.shared.ports.state_store import StateStore, Term
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ SIZES = (1000, 2500, 5000, 9000)
 LIMIT = 24_000
 RETRIES = RetryPlan((0.0, 0.0, 0.0))
 DEATHS = ("die_after_begin", "die_in_mid_body", "die_before_publish", "die_before_commit")
-PLANS = ("finish", *DEATHS, "stop", "wrong_bytes", "sources_fail", "full_at_publication")
+PLANS = ("finish", *DEATHS, "stop", "give_up", "wrong_bytes", "sources_fail", "full_at_publication")
 SNAPSHOTS = 4
 """Steps that the store may lose at once."""
 
@@ -101,7 +103,7 @@ class ScriptedSource(FailoverReader):
                 raise Killed
             case "sources_fail":
                 raise AllSourcesFailed({})
-            case "stop":
+            case "stop" | "give_up":
                 task = asyncio.current_task()
                 assert task is not None
                 task.cancel()
@@ -135,11 +137,14 @@ class Leader:
         self.remover = ObjectRemover(self.store, volume, self.index)
         self.node_import = NodeImport(self.store, ImportSource(volume.root, node.old_node), None)
         adoption = Adoption(self.store, volume, self.index, self.node_import)
-        self.reaper = PartialReaper(self.store, volume, adoption, keep=3600, space_wait=10)
+        self.reaper = PartialReaper(self.store, volume, adoption, self.index, keep=3600, space_wait=10)
         self.reconciliation = Reconciliation(
             self.store, volume, self.index, self.remover, adoption, self.reaper
         )
         self.purger = Purger(self.store, volume, self.remover, self.reaper, self.node_import)
+        rules = EvictionRules(Watermarks(low=LIMIT // 2, high=LIMIT * 9 // 10), min_idle=0.0)
+        clock = partial(getattr, node, "now")
+        self.eviction = Eviction(self.store, self.index, self.remover, self.reaper, rules, clock)
 
     async def _step(self, name: str, after: bool) -> None:
         if name == "adopt_many" and not after:
@@ -179,5 +184,14 @@ class Leader:
                 await self.remover.settle_trash(term)
             case "sweep":
                 await self.reaper.sweep(term)
+            case "shrink":
+                await self.reaper.prepare(term)
+            case "evict_partial":
+                await self.reaper.evict(term, object_id)
+            case "make_room":
+                await self.store.request_space(object_id, max(SIZES), 60.0)
+                usage = await self.store.usage()
+                if usage.reconciled:
+                    await self.eviction.run(term, usage, DeviceSpace(free_bytes=10 * LIMIT))
             case _:
                 await self.reconciliation.run(term)

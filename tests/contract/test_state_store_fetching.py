@@ -20,9 +20,145 @@ from distributor_node.shared.ports.state_store import (
     NeverFits,
     NoSpace,
     NotReconciled,
+    PolicyState,
     Superseded,
 )
 from tests.contract.state_harness import LIMIT, ONE, TWO, Harness
+
+
+class TestParkedWithLess:
+    """The reservation of a parked fetch shrinks to what its file holds, and `begin` claims the rest."""
+
+    async def parked(self, harness: Harness, size: int, held: int) -> None:
+        await harness.store.park(await harness.begin_fetch(ONE, size), held)
+
+    async def test_only_what_is_held_counts(self, harness: Harness) -> None:
+        await harness.reconciled()
+        await self.parked(harness, 5000, 700)
+        assert await harness.used_and_reserved() == (0, footprint(700))
+        fetch = (await harness.store.find(ONE)).fetch
+        assert fetch is not None
+        assert (fetch.phase, fetch.size, fetch.reserved) == (FetchPhase.PARKED, 5000, footprint(700))
+        assert fetch.is_shrunk
+        usage = await harness.store.usage()
+        assert (usage.parked, usage.parked_bytes) == (1, footprint(700))
+        assert await harness.store.recount(harness.term) == 0
+
+    async def test_it_never_grows(self, harness: Harness) -> None:
+        await harness.reconciled()
+        await self.parked(harness, 5000, 9000)
+        assert await harness.used_and_reserved() == (0, footprint(5000))
+        lease = await harness.store.steal_lease(harness.term, ONE)
+        assert lease is not None
+        await harness.store.park(lease, 700)
+        lease = await harness.store.steal_lease(harness.term, ONE)
+        assert lease is not None
+        assert lease.size == 700
+        await harness.store.park(lease, 800)
+        await harness.store.park(lease, 10)  # this lease has ended
+        assert await harness.used_and_reserved() == (0, footprint(700))
+
+    async def test_a_resume_claims_the_rest_to_the_last_byte_and_no_further(self, harness: Harness) -> None:
+        await harness.reconciled()
+        await self.parked(harness, 5000, 700)
+        await harness.begin_fetch(TWO, LIMIT - RECORD_BYTES - footprint(5000) + 1)
+        assert await harness.store.begin(ONE, 5000, "worker-2") == NoSpace(missing=1)
+        assert await harness.phase(ONE) is FetchPhase.PARKED  # as it was
+        granted = await harness.store.begin(ONE, 4999, "worker-2")
+        assert isinstance(granted, Granted)
+        assert granted.resumed
+        assert granted.lease.surplus == 0
+        usage = await harness.store.usage()
+        assert usage.free == 0
+        assert (usage.parked, usage.parked_bytes) == (0, 0)
+        assert await harness.store.commit(granted.lease, time.time())
+        assert (await harness.store.usage()).used == footprint(4999)
+
+    async def test_claims_keep_it_small(self, harness: Harness) -> None:
+        """Until a worker begins, whatever becomes of its job."""
+        await harness.reconciled()
+        await self.parked(harness, 5000, 700)
+        assert (await harness.store.claim(ONE, "api-1")).won
+        await harness.store.mark_queued(ONE, "api-1")
+        fetch = (await harness.store.find(ONE)).fetch
+        assert fetch is not None
+        assert (fetch.phase, fetch.size, fetch.reserved) == (FetchPhase.QUEUED, 5000, footprint(700))
+        await harness.store.release_claim(ONE, "api-1")
+        assert await harness.phase(ONE) is FetchPhase.PARKED
+        assert await harness.used_and_reserved() == (0, footprint(700))
+        lease = await harness.store.steal_lease(harness.term, ONE)
+        assert lease is not None
+        await harness.store.release(lease)
+        assert await harness.used_and_reserved() == (0, 0)
+
+    async def test_a_stolen_lease_that_runs_out_leaves_it_as_it_was(self, brief: Harness) -> None:
+        await brief.reconciled()
+        await self.parked(brief, 5000, 700)
+        assert await brief.store.steal_lease(brief.term, ONE)
+        await brief.until_phase(ONE, FetchPhase.PARKED)
+        assert await brief.used_and_reserved() == (0, footprint(700))
+        fetch = (await brief.store.find(ONE)).fetch
+        assert fetch is not None
+        assert fetch.size == 5000
+
+    async def test_a_file_that_turns_out_larger_is_counted(self, harness: Harness) -> None:
+        """After the store has lost its last second."""
+        await harness.reconciled()
+        await self.parked(harness, 5000, 700)
+        assert not await harness.store.adopt_partial(harness.term, ONE, 600)
+        assert await harness.store.adopt_partial(harness.term, ONE, 5000)
+        assert await harness.used_and_reserved() == (0, footprint(5000))
+        lease = await harness.store.steal_lease(harness.term, ONE)
+        assert lease is not None
+        await harness.store.park(lease, 800)
+        assert await harness.used_and_reserved() == (0, footprint(800))
+        fetch = (await harness.store.find(ONE)).fetch
+        assert fetch is not None
+        assert fetch.size == 5000
+
+    async def test_what_it_keeps_need_not_be_freed_for_it(self, harness: Harness) -> None:
+        await harness.reconciled()
+        await self.parked(harness, 5000, 700)
+        await harness.store.request_space(ONE, 5000, 60)
+        assert await harness.store.space_requested() == 4300
+        lease = await harness.store.steal_lease(harness.term, ONE)
+        assert lease is not None
+        await harness.store.release(lease)
+        assert await harness.store.space_requested() == footprint(5000)
+
+    async def test_views_are_saved_with_it_and_stay(self, harness: Harness) -> None:
+        term = await harness.reconciled()
+        await self.parked(harness, 5000, 700)
+        entries = [IndexEntry(known, 700, 3, 1234.25, 0.1) for known in (ONE, TWO)]
+        await harness.store.save_policy(term, entries, PolicyState())
+        assert (await harness.store.claim(ONE, "api-1")).won
+        granted = await harness.store.begin(ONE, 5000, "worker-2")
+        assert isinstance(granted, Granted)
+        [fetch] = await harness.store.fetches()
+        assert (fetch.views, fetch.last_access, fetch.priority) == (3, 1234.25, 0.1)
+        assert await harness.store.commit(granted.lease, time.time())
+        entry = await harness.store.entry(ONE)
+        assert entry is not None
+        assert entry.frequency == 3
+
+    @pytest.mark.parametrize("seed", range(3))
+    async def test_many_resumes_at_once_never_pass_the_limit(self, harness: Harness, seed: int) -> None:
+        await harness.reconciled()
+        chance, objects = random.Random(seed), [ObjectId(f"{number}") for number in range(10, 40)]
+        sizes = {known: chance.randrange(20_000, 90_000) for known in objects}
+        for known in objects:
+            await harness.store.park(
+                await harness.begin_fetch(known, sizes[known]), chance.randrange(1, 20_000)
+            )
+        stores = [harness.store, harness.other]
+        answers = await asyncio.gather(
+            *(chance.choice(stores).begin(known, sizes[known], "worker") for known in objects)
+        )
+        granted = [answer.lease for answer in answers if isinstance(answer, Granted)]
+        assert 0 < len(granted) < len(objects)
+        usage = await harness.store.usage()
+        assert usage.used + usage.reserved <= LIMIT
+        assert await harness.store.recount(harness.term) == 0
 
 
 class TestResize:

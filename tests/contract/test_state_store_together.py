@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import AdmissionQuestion, footprint
-from distributor_node.shared.ports.state_store import FetchPhase, Granted, IndexEntry, Lease, StateStore, Term
+from distributor_node.shared.ports.state_store import (
+    Fetch,
+    Granted,
+    IndexEntry,
+    Lease,
+    PolicyState,
+    StateStore,
+    Term,
+)
 from tests.contract.state_harness import LONG, Harness, memory_harness, redis_harness
 
 LIMIT = 6000
@@ -110,9 +119,17 @@ class Together(RuleBasedStateMachine):
             self.with_leases(object_id, lambda store, lease: store.return_surplus(lease))
             self.reserved[object_id] = self.sizes[object_id]
 
-    @rule(object_id=_OBJECTS)
-    def park(self, object_id: ObjectId) -> None:
-        self.with_leases(object_id, lambda store, lease: store.park(lease))
+    @rule(object_id=_OBJECTS, held=st.sampled_from([None, 0, 50, 299, 650]))
+    def park(self, object_id: ObjectId, held: int | None) -> None:
+        if self.with_leases(object_id, lambda store, lease: store.renew(lease)) and held is not None:
+            self.reserved[object_id] = min(held, self.reserved[object_id])
+            self.sizes[object_id] = min(held, self.sizes[object_id])
+        self.with_leases(object_id, lambda store, lease: store.park(lease, held))
+
+    @rule(object_id=_OBJECTS, views=st.integers(1, 3))
+    def save_policy(self, object_id: ObjectId, views: int) -> None:
+        entry = IndexEntry(object_id, 1, views, 1.5, 0.1)
+        self.both(lambda store, term: store.save_policy(term, [entry], PolicyState()))
 
     @rule(object_id=_OBJECTS)
     def release(self, object_id: ObjectId) -> None:
@@ -178,13 +195,21 @@ class Together(RuleBasedStateMachine):
 
     @invariant()
     def fetches_are_the_same(self) -> None:
-        async def fetches(store: StateStore, _: Term) -> dict[ObjectId, tuple[FetchPhase, int, str]]:
+        async def fetches(store: StateStore, _: Term) -> dict[ObjectId, Fetch]:
             return {
-                fetch.object_id: (fetch.phase, fetch.size, fetch.worker) for fetch in await store.fetches()
+                fetch.object_id: replace(fetch, lease_left=0.0, age=0.0) for fetch in await store.fetches()
             }
 
         known = self.agreed(fetches)
-        assert set(self.reserved) <= set(known)
+        reserved = {object_id: fetch.reserved for object_id, fetch in known.items() if fetch.reserved}
+        assert reserved == {object_id: footprint(size) for object_id, size in self.reserved.items()}
+
+    @invariant()
+    def entries_are_the_same(self) -> None:
+        async def views(store: StateStore, _: Term) -> dict[ObjectId, int]:
+            return {entry.object_id: entry.frequency async for batch in store.entries() for entry in batch}
+
+        self.agreed(views)
 
 
 @pytest.mark.usefixtures("redis_server")

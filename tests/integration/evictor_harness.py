@@ -183,6 +183,14 @@ class EvictorHarness:
     def leave_partial(self, name: str, written: int, size: int = SIZE) -> None:
         self.begin_partial(name, written, size).close()
 
+    async def park(self, name: str, written: int, size: int = SIZE) -> None:
+        """A fetch that was given up: only what its file holds stays reserved."""
+        lease = await self.begin_fetch(name, size)
+        partial = self.begin_partial(name, written, size)
+        held = partial.held
+        partial.close()
+        await self.state.park(lease, held)
+
     async def store(self, *names: str, age: float = 0.0) -> None:
         """Fetch objects as a worker does; last accessed `age` seconds ago, each a minute later than the one before."""
         for name in names:

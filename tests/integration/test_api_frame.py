@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from distributor_node.services.api.health import HealthChecks
+from distributor_node.services.api.operator.commands import OperatorQueries
 from distributor_node.services.api.status import UsageReader
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState
 from distributor_node.shared.observability.probe_server import Readiness
-from distributor_node.shared.ports.state_store import WorkerReport
+from distributor_node.shared.ports.state_store import Granted, WorkerReport
 from distributor_node.shared.runtime.process import VERSION
 from tests.servers.api_fixture import FakeAssets, running_api
 
@@ -318,6 +320,22 @@ async def test_status_and_buckets(tmp_path: Path) -> None:
     async with running_api(tmp_path, FakeAssets()) as api:
         assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"bucketIds": ["0:1"]}
         assert "workerId" not in json.loads(split(await api.get("/api/v1/status"))[2])
+
+
+async def test_status_counts_partial_objects(tmp_path: Path) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        state = api.context.state
+        term = await state.lead("test", 60.0)
+        assert term is not None
+        await state.set_reconciled(term)
+        for object_id, held in (("1", 700), ("2", 50)):
+            granted = await state.begin(ObjectId(object_id), 5000, "worker")
+            assert isinstance(granted, Granted)
+            await state.park(granted.lease, held)
+        fields = json.loads(split(await api.get("/api/v1/status"))[2])
+        listed = await OperatorQueries(state, api.context.volume).cache(10, "")
+    assert (fields["partialObjects"], fields["partialBytes"]) == (2, 750)
+    assert (listed["partialObjects"], listed["partialBytes"], listed["total"]) == (2, 750, 0)
 
 
 async def test_status_without_the_state_store(tmp_path: Path) -> None:

@@ -16,7 +16,13 @@ from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
-from distributor_node.shared.ports.state_store import Access, FetchPhase, NotReconciled
+from distributor_node.shared.ports.state_store import (
+    Access,
+    FetchPhase,
+    IndexEntry,
+    NotReconciled,
+    PolicyState,
+)
 from distributor_node.shared.settings.model import EvictorSettings
 from tests.integration.evictor_harness import (
     LIMIT,
@@ -164,7 +170,7 @@ async def test_a_removed_file_counts_and_goes_although_its_entry_is_not_evicting
         assert harness.has("sent") == stored_again
 
 
-async def test_partial_files_are_adopted_with_the_size_they_may_reach(harness: EvictorHarness) -> None:
+async def test_partial_files_are_adopted_with_what_they_hold(harness: EvictorHarness) -> None:
     harness.leave_partial("half", 1000)
     harness.leave_partial("no-note", 1000)
     (harness.root / "incoming" / "no-note.json").unlink()
@@ -172,9 +178,9 @@ async def test_partial_files_are_adopted_with_the_size_they_may_reach(harness: E
         await eventually(harness.reconciled)
         half = await harness.fetch_of("half")
         assert half is not None
-        assert (half.phase, half.size) == (FetchPhase.PARKED, SIZE)
+        assert (half.phase, half.size, half.reserved) == (FetchPhase.PARKED, SIZE, footprint(1000))
         usage = await harness.state.usage()
-        assert (usage.used, usage.reserved) == (0, footprint(SIZE))
+        assert (usage.used, usage.reserved, usage.parked) == (0, footprint(1000), 1)
         assert sorted(path.name for path in (harness.root / "incoming").iterdir()) == [
             "half.json",
             "half.part",
@@ -205,6 +211,49 @@ async def test_abandoned_partial_files_and_fetches_without_one_are_removed(harne
 
         await eventually(nothing_left)
         assert list((harness.root / "incoming").iterdir()) == []
+
+
+async def test_what_was_viewed_a_short_time_ago_is_not_abandoned(harness: EvictorHarness) -> None:
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.park("viewed", 1000)
+        os.utime(harness.root / "incoming" / "viewed.part", (1, 1))
+    term = await harness.term()
+    entry = IndexEntry(ObjectId("viewed"), 1000, 1, time.time())
+    await harness.state.save_policy(term, [entry], PolicyState())
+    await harness.state.resign(term)
+    async with harness.evictor(partial_keep=3600):
+        lease = await harness.begin_fetch("lost")
+        await harness.state.park(lease)
+
+        async def swept() -> bool:
+            return await harness.fetch_of("lost") is None
+
+        await eventually(swept)
+        assert await harness.fetch_of("viewed") is not None
+
+
+@pytest.mark.parametrize("writing", [False, True])
+async def test_a_parked_fetch_whose_resume_the_store_has_forgotten(
+    harness: EvictorHarness, writing: bool
+) -> None:
+    """1. It was parked with little. 2. A worker claimed the rest and wrote. 3. The store lost its last second."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.park("half", 1000)
+    worker = harness.begin_partial("half", 9000)
+    if not writing:
+        worker.close()
+    async with harness.evictor():
+
+        async def counted_right() -> bool:
+            half = await harness.fetch_of("half")
+            return half is not None and half.reserved == footprint(SIZE if writing else 9000)
+
+        await eventually(counted_right)
+        assert await harness.matches_volume()
+    if writing:
+        worker.close()
 
 
 async def test_a_partial_file_larger_than_its_object_is_counted_and_removed(harness: EvictorHarness) -> None:

@@ -17,7 +17,7 @@ from distributor_node.shared.domain.errors import VolumeFull
 from distributor_node.shared.domain.eviction.policy import NO_BASIS
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import DeviceSpace, footprint
-from distributor_node.shared.ports.state_store import Access, Granted
+from distributor_node.shared.ports.state_store import Access, FetchPhase, Granted
 from tests.counters import counted
 from tests.integration.evictor_harness import (
     LIMIT,
@@ -215,7 +215,7 @@ async def test_a_just_read_object_stays(harness: EvictorHarness) -> None:
         assert len(await harness.entries()) == 10
 
 
-async def test_a_parked_fetch_is_discarded_when_nothing_else_is_evictable(harness: EvictorHarness) -> None:
+async def test_a_parked_fetch_keeps_what_it_holds_once_no_worker_resumes_it(harness: EvictorHarness) -> None:
     async with harness.evictor():
         await eventually(harness.reconciled)
         lease = await harness.begin_fetch("half", LIMIT - 5000)
@@ -223,7 +223,28 @@ async def test_a_parked_fetch_is_discarded_when_nothing_else_is_evictable(harnes
         await harness.state.park(lease)
         await harness.state.request_space(ObjectId("new"), SIZE, 30.0)
         await asyncio.sleep(1)
-        assert await harness.fetch_of("half") is not None, "another worker may be about to go on with it"
+        half = await harness.fetch_of("half")
+        assert half is not None
+        assert not half.is_shrunk, "another worker may be about to go on with it"
+
+        async def granted() -> bool:
+            return isinstance(await harness.state.begin(ObjectId("new"), SIZE, "worker-1"), Granted)
+
+        await eventually(granted)
+        half = await harness.fetch_of("half")
+        assert half is not None
+        assert (half.phase, half.size, half.reserved) == (FetchPhase.PARKED, LIMIT - 5000, footprint(1000))
+        assert (await harness.state.usage()).reserved == footprint(SIZE) + footprint(1000)
+        assert await harness.matches_volume()
+
+
+async def test_a_parked_fetch_is_discarded_when_nothing_else_is_evictable(harness: EvictorHarness) -> None:
+    async with harness.evictor(min_idle=3600.0):
+        await eventually(harness.reconciled)
+        lease = await harness.begin_fetch("half", LIMIT - 5000)
+        harness.leave_partial("half", LIMIT - 6000, LIMIT - 5000)
+        await harness.state.park(lease)
+        await harness.state.request_space(ObjectId("new"), SIZE, 30.0)
 
         async def granted() -> bool:
             return isinstance(await harness.state.begin(ObjectId("new"), SIZE, "worker-1"), Granted)
@@ -231,6 +252,145 @@ async def test_a_parked_fetch_is_discarded_when_nothing_else_is_evictable(harnes
         await eventually(granted)
         assert await harness.fetch_of("half") is None
         assert harness.volume.open_partial(ObjectId("half")) is None
+
+
+# Partial objects among stored ones: `film` holds about as many bytes as each of eight objects, and room for one is
+# missing.
+
+FILM, HELD = ObjectId("film"), SIZE - 2000
+NAMES = [f"o{number}" for number in range(8)]
+
+
+async def until_there_is_room(harness: EvictorHarness, objects: int = 2) -> None:
+    await harness.state.request_space(ObjectId("new"), objects * SIZE, 30.0)
+
+    async def granted() -> bool:
+        return isinstance(await harness.state.begin(ObjectId("new"), objects * SIZE, "w"), Granted)
+
+    await eventually(granted)
+    usage = await harness.state.usage()
+    assert usage.used + usage.reserved <= LIMIT
+    assert await harness.matches_volume()
+
+
+async def store_beside_a_partial(harness: EvictorHarness, film_views: int, other_views: int) -> None:
+    await eventually(harness.reconciled)
+    await harness.park(FILM, HELD, 5 * SIZE)
+    await harness.store(*NAMES, age=3600)
+    now, viewed = time.time(), [(ObjectId(name), other_views) for name in NAMES[1:]]
+    viewed.append((FILM, film_views))
+    await harness.state.record_accesses([Access(known, views, now) for known, views in viewed if views])
+
+
+async def test_a_partial_object_worth_less_goes_before_objects(harness: EvictorHarness) -> None:
+    async with harness.evictor() as evictor:
+        await store_beside_a_partial(harness, film_views=0, other_views=5)
+        await harness.state.record_accesses([Access(ObjectId("o0"), 5, time.time())])
+        before = counted("distributor_evictions_total", reason="partial")
+        await until_there_is_room(harness)
+        assert await harness.fetch_of(FILM) is None
+        assert harness.volume.open_partial(FILM) is None
+        assert sorted(await harness.entries()) == NAMES
+        assert counted("distributor_evictions_total", reason="partial") == before + 1
+        [removed] = (await evictor.report(watched=False))["removed"]
+        assert (removed["id"], removed["bytes"], removed["partial"]) == (FILM, footprint(HELD), True)
+
+
+async def test_an_object_worth_less_goes_before_a_partial_one(harness: EvictorHarness) -> None:
+    async with harness.evictor():
+        await store_beside_a_partial(harness, film_views=5, other_views=5)
+        await until_there_is_room(harness)
+        assert sorted(await harness.entries()) == NAMES[1:]
+        film = await harness.fetch_of(FILM)
+        assert film is not None
+        assert (film.phase, film.reserved) == (FetchPhase.PARKED, footprint(HELD))
+
+
+@pytest.mark.parametrize("by", ["its open file", "a report"])
+async def test_a_followed_partial_object_stays(harness: EvictorHarness, by: str) -> None:
+    async with harness.evictor(interval=30.0):
+        await store_beside_a_partial(harness, film_views=0, other_views=5)
+        await harness.state.record_accesses([Access(ObjectId("o0"), 5, time.time())])
+        reader = harness.volume.open_partial(FILM)
+        assert reader is not None
+        if by == "a report":
+            reader.close()
+            await harness.state.record_viewers([FILM])
+        await until_there_is_room(harness)
+        assert await harness.fetch_of(FILM) is not None
+        assert len(await harness.entries()) == len(NAMES) - 1
+        if by == "its open file":
+            assert reader.read(0, HELD) == body_of(FILM, 5 * SIZE)[:HELD]
+            reader.close()
+
+
+async def test_a_partial_object_being_fetched_stays(harness: EvictorHarness) -> None:
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.park(FILM, HELD, 2 * SIZE)
+        await harness.store(*NAMES[:6], age=3600)
+        lease = await harness.begin_fetch(FILM, 2 * SIZE)
+        partial = harness.begin_partial(FILM, HELD, 2 * SIZE)
+        await harness.state.request_space(ObjectId("new"), 9 * SIZE, 30.0)
+
+        async def nothing_else_left() -> bool:
+            await harness.state.renew(lease)
+            return not await harness.entries()
+
+        await eventually(nothing_else_left)
+        assert await harness.fetch_of(FILM) is not None
+        assert partial.size == HELD
+        partial.close()
+
+
+async def test_views_of_a_partial_object_survive_the_leader(harness: EvictorHarness) -> None:
+    async with harness.evictor():
+        await store_beside_a_partial(harness, film_views=5, other_views=5)
+        await harness.state.request_space(ObjectId("none"), 1, 1.0)  # a pass, which learns of it
+
+        async def saved() -> bool:
+            film = await harness.fetch_of(FILM)
+            return film is not None and film.views >= 5 and film.priority > 0
+
+        await eventually(saved)
+    async with harness.evictor():
+        await until_there_is_room(harness)
+        assert sorted(await harness.entries()) == NAMES[1:]
+        film = await harness.fetch_of(FILM)
+        assert film is not None
+        assert film.views >= 5
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["before its file is removed", "after"])
+async def test_a_half_done_removal_of_a_partial_object_is_counted_right(
+    harness: EvictorHarness, removed: bool
+) -> None:
+    """The leader is killed: its lease runs out."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.park(FILM, HELD, 5 * SIZE)
+    term = await harness.term()
+    lease = await harness.state.steal_lease(term, FILM)
+    assert lease is not None
+    if removed:
+        harness.volume.discard_partial(FILM, lease.size, unless_read=True)
+    assert (await harness.state.usage()).reserved == footprint(HELD)
+    await harness.state.resign(term)
+    async with harness.evictor(partial_keep=100.0):
+
+        async def settled() -> bool:
+            fetch, usage = await harness.fetch_of(FILM), await harness.state.usage()
+            if removed:
+                return fetch is None and usage.reserved == 0
+            return fetch is not None and fetch.phase is FetchPhase.PARKED
+
+        await eventually(settled)
+        if not removed:
+            assert (await harness.state.usage()).reserved == footprint(HELD)
+            await harness.begin_fetch(FILM, 5 * SIZE)
+            assert (await harness.state.usage()).reserved == footprint(5 * SIZE)
+    term = await harness.term()
+    assert await harness.state.recount(term) == 0
 
 
 async def test_a_purged_object_is_hidden_immediately_and_counts_until_read(harness: EvictorHarness) -> None:

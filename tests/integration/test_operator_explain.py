@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from distributor_node.services.api.operator.explain import ObjectExplainer
+from distributor_node.services.api.operator.explain import ObjectExplainer, in_words
 from distributor_node.shared.domain.eviction import POLICY_NAMES
-from distributor_node.shared.domain.eviction.policy import NO_BASIS
+from distributor_node.shared.domain.eviction.policy import NO_BASIS, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
-from distributor_node.shared.ports.state_store import Access
+from distributor_node.shared.ports.state_store import Access, IndexEntry, PolicyState
 from tests.integration.evictor_harness import (
     LIMIT,
     SIZE,
@@ -123,6 +123,29 @@ async def test_an_object_that_is_being_sent_and_then_purged(harness: EvictorHarn
             return found["state"] == "absent" and found["sending"] is False
 
         await eventually(gone)
+
+
+async def test_a_partial_object_stands_among_the_others(harness: EvictorHarness) -> None:
+    await reconciled(harness)
+    await harness.park("film", 8000, 3 * SIZE)
+    await harness.store("old", "new", age=6000)
+    term = await harness.term()
+    now = time.time()
+    entries = [
+        IndexEntry(ObjectId(name), 0, 1, now - age, priority)
+        for name, age, priority in (("old", 6000, 5.0), ("film", 3000, 6.0), ("new", 60, 7.0))
+    ]
+    basis = PriorityBasis(0.0, "gdsf", 20.0 * SIZE, 1.0, float(SIZE))
+    await harness.state.save_policy(term, entries, PolicyState(basis))
+    film = await explain(harness, "film")
+    assert (film["state"], film["size"], film["views"]) == ("parked", 3 * SIZE, 1)
+    assert (film["lastAccess"], film["priority"]) == (pytest.approx(now - 3000, abs=1), 6.0)
+    assert (film["bytesBefore"], film["objectsBefore"]) == (footprint(SIZE), 1)
+    assert (film["fetch"]["bytes"], film["fetch"]["reserved"]) == (8000, footprint(8000))
+    assert (await explain(harness, "new"))["bytesBefore"] == footprint(SIZE) + footprint(8000)
+    words = in_words(film, {"at": now, "reason": "space_requested", "partial": True, "views": 1}, None)
+    assert words[0].startswith("It is not being fetched: 7.8 KiB of 58.6 KiB are on disk, viewed once.")
+    assert words[-1].startswith("What was on disk of it was evicted 0 s ago: a fetch was waiting for space.")
 
 
 async def test_states_of_objects_that_are_not_stored(harness: EvictorHarness) -> None:

@@ -8,12 +8,20 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributor_node.shared.adapters.volume import PartialFile, PartialReader, PartialState, Volume
+from distributor_node.shared.adapters.volume import (
+    FoundPartial,
+    PartialFile,
+    PartialHeld,
+    PartialReader,
+    PartialState,
+    Volume,
+)
 from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.extents import BLOCK, MAX_EXTENTS, Extents
@@ -255,6 +263,82 @@ def test_whatever_happens_followers_read_what_was_written(steps: list[tuple[str,
         staying.close()
         partial.close()
         volume.close()
+
+
+def test_what_a_file_holds(volume: Volume) -> None:
+    """Of a prefix its size, of a file with holes its blocks, also those that were not named."""
+    partial = volume.open_partial_for_writing(RECORD)
+    write(partial, 0, 5000)
+    assert partial.held == 5000
+    partial.make_sparse(5000)
+    write(partial, 60 * BLOCK, 62 * BLOCK)
+    named = partial.total
+    assert named <= partial.held < 20 * BLOCK
+    assert partial.held >= BLOCK + 2 * BLOCK
+    held = partial.held
+    with pytest.raises(PartialHeld):
+        volume.measure_partial(RECORD.object_id)
+    partial.close()
+    [found] = volume.scan_partials()
+    assert isinstance(found, FoundPartial)
+    assert volume.measure_partial(RECORD.object_id) == found.held == held
+    assert volume.measure_partial(ObjectId("2")) is None
+    assert not volume.open_partial_for_writing(RECORD).is_verified
+
+
+def test_measuring_changes_nothing(volume: Volume) -> None:
+    partial = volume.open_partial_for_writing(RECORD)
+    write(partial, 0, SIZE)
+    partial.mark_verified()
+    partial.close()
+    assert volume.measure_partial(RECORD.object_id) == SIZE
+    assert state_of(volume).verified
+
+
+def test_a_followed_file_is_resumed_and_not_evicted(volume: Volume) -> None:
+    write(partial := volume.open_partial_for_writing(RECORD), 0, 5000)
+    reader = follow(volume)
+    partial.close()
+    with pytest.raises(PartialHeld, match="being read"):
+        volume.discard_partial(RECORD.object_id, SIZE, unless_read=True)
+    partial = volume.open_partial_for_writing(RECORD)
+    write(partial, 5000, 9000)
+    assert reader.read(0, SIZE) == DATA[:9000]
+    partial.close()
+    reader.close()
+    volume.discard_partial(RECORD.object_id, SIZE, unless_read=True)
+    assert volume.open_partial(RECORD.object_id) is None
+
+
+def test_a_follower_finds_no_file_that_is_being_evicted(volume: Volume) -> None:
+    write(partial := volume.open_partial_for_writing(RECORD), 0, 5000)
+    early = follow(volume)
+    early.close()
+    with patch("os.unlink", side_effect=lambda *_, **__: seen.append(volume.open_partial(RECORD.object_id))):
+        seen: list[PartialReader | None] = []
+        partial.discard(unless_read=True)
+    assert seen
+    assert seen == [None] * len(seen)
+
+
+def test_a_purged_file_goes_although_it_is_followed(volume: Volume) -> None:
+    write(partial := volume.open_partial_for_writing(RECORD), 0, 5000)
+    partial.close()
+    reader = follow(volume)
+    volume.discard_partial(RECORD.object_id, SIZE)
+    assert reader.state().unlinked
+    reader.close()
+
+
+def test_one_kind_of_lock_is_enough(volume: Volume) -> None:
+    """On a file system that keeps both kinds as one, followers take none: the writer would exclude them."""
+    with patch("distributor_node.shared.adapters.volume.volume.locks_are_apart", return_value=False):
+        write(partial := volume.open_partial_for_writing(RECORD), 0, 5000)
+        reader = follow(volume)
+        partial.close()
+        volume.discard_partial(RECORD.object_id, SIZE, unless_read=True)
+        assert reader.state().unlinked
+        reader.close()
 
 
 def test_holes_take_no_space(volume: Volume) -> None:

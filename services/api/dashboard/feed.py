@@ -116,7 +116,9 @@ class Feed:
         store_replies = await self._read_reports()
         fetches = await self._fetches()
         self._check()
-        partial = await asyncio.to_thread(self._partial_files, [fetch.object_id for fetch in fetches or ()])
+        # Those being fetched first: there may be more than are opened
+        by_phase = sorted(fetches or (), key=lambda fetch: fetch.phase is FetchPhase.PARKED)
+        partial = await asyncio.to_thread(self._partial_files, [fetch.object_id for fetch in by_phase])
         settings = self._context.settings
         return {
             "at": round(now, 3),
@@ -125,7 +127,7 @@ class Feed:
             ),
             "node": {"id": settings.id, "version": VERSION, "environment": settings.environment},
             "totals": self._history.totals(),
-            "volume": await self._volume(sum(extents.total for extents, _ in partial.values())),
+            "volume": await self._volume(by_phase, partial),
             **self._downloads_as_json(fetches, partial, now),
             "sources": self._sources(now),
             "components": self._components(store_replies, now),
@@ -167,14 +169,17 @@ class Feed:
                 continue
         return found
 
-    async def _volume(self, partial_bytes: int) -> dict[str, Any]:
+    async def _volume(
+        self, fetches: Sequence[Fetch], partial: Mapping[ObjectId, tuple[Extents, bool]]
+    ) -> dict[str, Any]:
         usage, watermarks = await self._usage.read(), self._context.settings.storage.watermarks
         leader = next((one for one in self._processes if one.content.leads and not one.is_late), None)
         return {
             "limit": usage.limit,
             "used": usage.used,
             "reserved": usage.reserved,
-            "partial": partial_bytes,
+            "partial": sum(extents.total for extents, _ in partial.values()),
+            "parked": _parked(fetches, partial),
             "leaving": usage.leaving,
             "objects": usage.objects,
             "low": watermarks.low,
@@ -202,7 +207,7 @@ class Feed:
                 for fetch in begun[:MAX_DOWNLOADS]
             ],
             "queue": {
-                "downloads": len(begun),
+                "downloads": sum(fetch.phase is FetchPhase.FETCHING for fetch in begun),
                 "waiting": len(waiting),
                 "slotsBusy": self._context.fetch_capacity.running or 0,
                 "slotsFree": self._context.fetch_capacity.free,
@@ -454,3 +459,14 @@ def shown_name(process: ReportedProcess) -> str:
 def _without_name(problem: str | None, name: str) -> str | None:
     """Readiness names the component in each of its problems; here it stands in front."""
     return None if problem is None else problem.removeprefix(f"{name}: ")
+
+
+def _parked(fetches: Sequence[Fetch], partial: Mapping[ObjectId, tuple[Extents, bool]]) -> Mapping[str, int]:
+    """Partial objects that no worker fetches: how many, bytes that they hold, bytes reserved for them."""
+    parked = [fetch for fetch in fetches if fetch.phase is FetchPhase.PARKED]
+    opened = [partial[fetch.object_id][0] for fetch in parked if fetch.object_id in partial]
+    return {
+        "objects": len(parked),
+        "held": sum(extents.total for extents in opened),
+        "reserved": sum(fetch.reserved for fetch in parked),
+    }

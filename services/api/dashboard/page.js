@@ -100,10 +100,11 @@ function usage(volume) {
   });
   const entry = (swatch, words, count) =>
     make("li", {}, make("span", { class: `swatch ${swatch}` }), make("span", {}, `${words} `, make("b", {}, bytes(count))));
+  const parked = volume.parked.objects ? `partial objects (${volume.parked.objects} not being fetched)` : "partial objects";
   return [
     make("div", { class: "usage", role: "img", ariaLabel: `${bytes(taken)} of ${bytes(volume.limit)} in use; watermarks at ${bytes(volume.low)} and ${bytes(volume.high)}` }, parts, marks),
     make("ul", { class: "legend" },
-      entry("used", "objects", volume.used), entry("hatched", "partial objects", partial), entry("hatched-light", "reserved", promised),
+      entry("used", "objects", volume.used), entry("hatched", parked, partial), entry("hatched-light", "reserved", promised),
       entry("free", "free", Math.max(0, volume.limit - taken)), volume.leaving ? entry("miss", "being removed", volume.leaving) : null),
   ];
 }
@@ -361,7 +362,7 @@ function update(snapshot) {
   at("version").textContent = `distributor node ${node.version}, ${node.environment}`;
   show("totals", totals, () => Object.entries(totals).map(total));
   at("volume-words").textContent = `${bytes(volume.used + volume.reserved)} of ${bytes(volume.limit)}, ${plural(volume.objects, "object")}`;
-  show("usage", [volume.used, volume.reserved, volume.partial, volume.limit, volume.low, volume.high, volume.leaving], () => usage(volume));
+  show("usage", [volume.used, volume.reserved, volume.partial, volume.parked.objects, volume.limit, volume.low, volume.high, volume.leaving], () => usage(volume));
   const victims = victimsOf(volume, now);
   show("map", [volume.map, victims.map((one) => [one.id, one.at])], () => map(volume, victims));
   show("removed", [volume.removed, victims.length], () => removed(volume, now));

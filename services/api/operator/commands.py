@@ -192,6 +192,7 @@ class OperatorQueries:
                 behind = {entry.object_id: entry for entry in (*page, *batch) if entry.object_id > after}
                 page = heapq.nsmallest(limit + 1, behind.values(), key=_id_of)
                 await asyncio.sleep(0)
+        usage = await self._state.usage()
         more, page = len(page) > limit, page[:limit]
         return {
             "objects": [_entry_as_json(entry, entry.object_id in pinned) for entry in page],
@@ -200,6 +201,8 @@ class OperatorQueries:
             "bytes": total_bytes,
             "pinned": pinned_objects,
             "pinnedBytes": pinned_bytes,
+            "partialObjects": usage.parked,
+            "partialBytes": usage.parked_size,
         }
 
     async def downloads(self) -> dict[str, Any]:
@@ -256,6 +259,9 @@ def fetch_as_json(fetch: Fetch, downloaded: int) -> dict[str, Any]:
         "source": None if fetch.source is None else source_name(fetch.source),
         "worker": fetch.worker,
         "age": round(fetch.age, 3),
+        "reserved": fetch.reserved,
+        "views": fetch.views or None,
+        "lastAccess": round(fetch.last_access, 3) or None,
     }
 
 

@@ -14,8 +14,15 @@ from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import Gdsf, PolicyEntry
 from distributor_node.shared.domain.eviction.position import Position, position_of
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
-from distributor_node.shared.domain.space import EvictionReason
-from distributor_node.shared.ports.state_store import IndexEntry, ObjectStatus, StateStore, with_views
+from distributor_node.shared.domain.space import RECORD_BYTES, EvictionReason
+from distributor_node.shared.ports.state_store import (
+    Fetch,
+    FetchPhase,
+    IndexEntry,
+    ObjectStatus,
+    StateStore,
+    with_views,
+)
 from distributor_node.shared.settings.model import EvictorSettings
 
 StoredState = Literal["stored", "leaving", "missing", "unindexed", "failed", "absent"]
@@ -41,13 +48,14 @@ class ObjectExplainer:
         entry = await self._state.entry(object_id)
         pinned = await self._state.pinned()
         on_volume = await asyncio.to_thread(self._look_at_volume, object_id)
-        position = None
-        if entry is not None and not entry.evicting:
+        position, competing = None, _as_competing(entry, status)
+        counted = entry or competing
+        if competing is not None:
             policy, cost = self._evictor.policy, self._evictor.cost_per_miss
             basis = (await self._state.load_policy_state()).basis
             if policy == Gdsf.name and cost.fixed is None:
                 basis = await with_views(self._state, basis)
-            position = position_of(policy, cost, _as_policy_entry(entry), basis, self._clock())
+            position = position_of(policy, cost, competing, basis, self._clock())
         if position is not None and object_id not in pinned:
             await self._find_place(position, pinned)
             before: dict[str, int | None] = {
@@ -61,8 +69,8 @@ class ObjectExplainer:
             "state": _state_of(entry, status, on_volume),
             "size": _size_of(entry, status, on_volume),
             "hash": _hash_of(on_volume.record),
-            "views": None if entry is None else entry.frequency,
-            "lastAccess": None if entry is None else round(entry.last_access, 3),
+            "views": None if counted is None else counted.frequency,
+            "lastAccess": None if counted is None else round(counted.last_access, 3) or None,
             "policy": self._evictor.policy,
             "priority": None if position is None else position.priority,
             "inflation": None if position is None else position.inflation,
@@ -78,7 +86,13 @@ class ObjectExplainer:
     async def _find_place(self, position: Position, pinned: frozenset[ObjectId]) -> None:
         """Count what would go before the object: neither pinned nor being removed already."""
         async with self._scanning:
+            parked = [
+                _as_partial_entry(fetch)
+                for fetch in await self._state.fetches()
+                if fetch.phase is FetchPhase.PARKED and fetch.object_id not in pinned
+            ]
             for _ in range(position.passes):
+                position.feed(parked)
                 async for batch in self._state.entries():
                     evictable = (one for one in batch if not one.evicting and one.object_id not in pinned)
                     position.feed(map(_as_policy_entry, evictable))
@@ -158,7 +172,13 @@ def _state_in_words(explained: Mapping[str, Any]) -> str:
         case "claimed" | "queued":
             return "Its fetch has been asked for and has not begun yet."
         case "parked":
-            return "Its fetch was interrupted. What is on disk is kept, and the next attempt resumes there."
+            fetch = explained["fetch"]
+            total, views = _bytes(fetch["size"]), explained["views"]
+            times = "once" if views == 1 else f"{views} times"
+            return (
+                f"It is not being fetched: {_bytes(fetch['bytes'])} of {total} are on disk, viewed {times}. "
+                "The next request resumes there."
+            )
         case "failed":
             return "It is not here, and is not fetched at the moment."
         case _:
@@ -194,7 +214,8 @@ def _removal_in_words(removed: Mapping[str, Any]) -> str:
         return f"It was removed {ago} ago: {removal_reason(reason)}."
     idle, views = _duration(removed.get("idle_seconds", 0.0)), removed.get("views", 0)
     read = "once" if views == 1 else f"{views} times"
-    return f"It was evicted {ago} ago: {removal_reason(reason)}. It had been viewed {read}, and not read for {idle}."
+    what, why = "What was on disk of it" if removed.get("partial") else "It", removal_reason(reason)
+    return f"{what} was evicted {ago} ago: {why}. It had been viewed {read}, and not read for {idle}."
 
 
 def _bytes(count: float) -> str:
@@ -249,6 +270,19 @@ def _size_of(entry: IndexEntry | None, status: ObjectStatus, on_volume: OnVolume
 
 def _hash_of(record: StoredRecord | None) -> str | None:
     return None if record is None or record.content_hash is None else str(record.content_hash)
+
+
+def _as_competing(entry: IndexEntry | None, status: ObjectStatus) -> PolicyEntry | None:
+    """Return what the policy orders: the complete object, or a partial one that no worker fetches."""
+    if entry is not None:
+        return None if entry.evicting else _as_policy_entry(entry)
+    fetch = status.fetch
+    return _as_partial_entry(fetch) if fetch is not None and fetch.phase is FetchPhase.PARKED else None
+
+
+def _as_partial_entry(fetch: Fetch) -> PolicyEntry:
+    size = max(0, fetch.reserved - RECORD_BYTES)
+    return PolicyEntry(fetch.object_id, size, max(1, fetch.views), fetch.last_access, fetch.priority)
 
 
 def _as_policy_entry(entry: IndexEntry) -> PolicyEntry:

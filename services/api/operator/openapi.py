@@ -266,6 +266,8 @@ SCHEMAS: dict[str, Any] = {
         bytes=count(),
         pinned=count("Pinned objects that are cached."),
         pinnedBytes=count(),
+        partialObjects=count("Partial objects that no fetch continues now."),
+        partialBytes=count("Reserved for them: what they hold, some seconds after their fetches have ended."),
     ),
     "Download": _closed(
         id=_OBJECT_ID,
@@ -275,6 +277,9 @@ SCHEMAS: dict[str, Any] = {
         source=_or_null(_TEXT),
         worker=_TEXT,
         age=_number("Seconds in this phase."),
+        reserved=count("Bytes, with those of its record. Of a parked fetch, what its file holds."),
+        views=_or_null(count("Of a partial object, as the evictor has counted them. Null: none yet.")),
+        lastAccess=_or_null(_number("Likewise, in POSIX seconds.")),
     ),
     "Downloads": _closed(downloads=array(ref("schemas", "Download"))),
     "Explanation": _closed(
@@ -312,7 +317,10 @@ SCHEMAS: dict[str, Any] = {
             _number("L of the policy gdsf: the highest priority of all objects evicted so far.")
         ),
         bytesBefore=_or_null(
-            count("Bytes that would be evicted before this object. Null unless it is stored and not pinned.")
+            count(
+                "Bytes that would be evicted before this object. Null unless it is stored or parked, and not "
+                "pinned."
+            )
         ),
         objectsBefore=_or_null(count("Objects that would be evicted before this one.")),
         pinned=_FLAG,

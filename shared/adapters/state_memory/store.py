@@ -112,6 +112,10 @@ class MemoryStateStore:
             job=serial,
             held=tables.rows[object_id].held if parked else 0,
             trace=trace,
+            whole=tables.rows[object_id].whole if parked else 0,
+            views=tables.rows[object_id].views if parked else 0,
+            last_access=tables.rows[object_id].last_access if parked else 0.0,
+            priority=tables.rows[object_id].priority if parked else 0.0,
         )
         return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=serial)
 
@@ -138,6 +142,7 @@ class MemoryStateStore:
     async def usage(self) -> Usage:
         tables = self._tables
         phases = [tables.phase(tables.row(known)) for known in tables.rows]
+        rows = zip(phases, tables.rows.values(), strict=True)
         return Usage(
             limit=tables.limit,
             used=tables.used + tables.leaving,
@@ -148,6 +153,8 @@ class MemoryStateStore:
             churn=tables.churn,
             queued=phases.count(FetchPhase.QUEUED),
             leaving=tables.leaving,
+            parked=phases.count(FetchPhase.PARKED),
+            parked_bytes=sum(row.reservation for phase, row in rows if phase is FetchPhase.PARKED),
         )
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
@@ -192,6 +199,9 @@ class MemoryStateStore:
             job=claim,
             held=held if held > size else 0,
             trace=trace or (row.trace if row else ""),
+            views=row.views if row else 0,
+            last_access=row.last_access if row else 0.0,
+            priority=row.priority if row else 0.0,
         )
         tables.reserved += more
         tables.space_requests.pop(object_id, None)
@@ -241,17 +251,19 @@ class MemoryStateStore:
         if row is None:
             return False
         last_access = min(stored_at, tables.clock())
-        tables.put_object(IndexEntry(lease.object_id, row.size, frequency=1, last_access=last_access))
+        tables.put_object(IndexEntry(lease.object_id, row.size, max(1, row.views), last_access))
         tables.drop_fetch(lease.object_id)
         tables.failures.pop(lease.object_id, None)
         tables.announce(Topic.FETCH_CHANGED, lease.object_id)
         return True
 
-    async def park(self, lease: Lease) -> None:
+    async def park(self, lease: Lease, held: int | None = None) -> None:
         row = self._tables.leased(lease)
         if row:
-            self._tables.park(lease.object_id, row)
+            freed = self._tables.park(lease.object_id, row, held)
             self._tables.announce(Topic.FETCH_CHANGED, lease.object_id)
+            if freed:
+                self._tables.announce(Topic.SPACE_FREED, lease.object_id)
 
     async def release(self, lease: Lease) -> None:
         if self._tables.leased(lease):
@@ -373,7 +385,10 @@ class MemoryStateStore:
         tables.space_requests = {
             known: request for known, request in tables.space_requests.items() if request[1] > now
         }
-        return sum(wanted for wanted, _ in tables.space_requests.values())
+        return sum(
+            max(0, wanted - tables.kept_by_shrunk(known))
+            for known, (wanted, _) in tables.space_requests.items()
+        )
 
     async def begin_eviction(
         self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
@@ -526,6 +541,10 @@ class MemoryStateStore:
             if known:
                 tables.objects[entry.object_id] = replace(
                     known, frequency=entry.frequency, last_access=entry.last_access, priority=entry.priority
+                )
+            elif (row := tables.rows.get(entry.object_id)) is not None and row.reserved:
+                tables.rows[entry.object_id] = replace(
+                    row, views=entry.frequency, last_access=entry.last_access, priority=entry.priority
                 )
         tables.policy = state
         while tables.accesses and tables.accesses[0][0] < int(state.position or 0):

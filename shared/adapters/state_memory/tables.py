@@ -50,6 +50,12 @@ class FetchRow:
     job: int = 0  # serial of the claim whose job is carried out; 0: there is none
     held: int = 0  # bytes of the object that the reservation covers, if that is more than `size`
     trace: str = ""  # see Fetch
+    whole: int = (
+        0  # bytes of the object, if it was parked with fewer: `size` is what it has kept. 0: it was not
+    )
+    views: int = 0  # of the partial object, with the next two: see Fetch
+    last_access: float = 0.0
+    priority: float = 0.0
 
     @property
     def held_size(self) -> int:
@@ -180,9 +186,22 @@ class Tables:
             return row
         return None
 
-    def park(self, object_id: ObjectId, row: FetchRow) -> None:
+    def park(self, object_id: ObjectId, row: FetchRow, held: int | None = None) -> bool:
+        """`held`: see StateStore.park. Returns whether bytes were released."""
         now = self.clock()
-        self.rows[object_id] = replace(row, phase=FetchPhase.PARKED, ends=now, since=now, duration=0.0)
+        parked = replace(row, phase=FetchPhase.PARKED, ends=now, since=now, duration=0.0)
+        if row.reserved and held is not None and held < row.size:
+            parked = replace(parked, size=held, held=0, whole=row.whole or row.size)
+        elif row.reserved and held is not None and held < row.held_size:
+            parked = replace(parked, held=held)
+        self.rows[object_id] = parked
+        self.reserved -= row.reservation - parked.reservation
+        return parked.reservation < row.reservation
+
+    def kept_by_shrunk(self, object_id: ObjectId) -> int:
+        """What a fetch has reserved of an object that needs more; 0 for any other."""
+        row = self.rows.get(object_id)
+        return row.reservation if row and row.whole else 0
 
     def drop_fetch(self, object_id: ObjectId) -> None:
         """End a fetch and release its reservation."""
@@ -216,12 +235,16 @@ class Tables:
         return Fetch(
             object_id=object_id,
             phase=phase,
-            size=row.size,
+            size=row.whole or row.size,
             worker=row.worker,
             source=row.source,
             lease_left=0.0 if parked else row.ends - now,
             age=max(0.0, now - since),
             trace=row.trace,
+            reserved=row.reservation,
+            views=row.views,
+            last_access=row.last_access,
+            priority=row.priority,
         )
 
     def object_status(self, object_id: ObjectId) -> ObjectStatus:

@@ -174,7 +174,7 @@ def read_entry(object_id: bytes, packed: bytes) -> IndexEntry | None:
 
 
 def read_fetch(object_id: ObjectId, shown: Sequence[Any]) -> Fetch:
-    phase, size, worker, source, left, age, trace = shown
+    phase, size, worker, source, left, age, trace, reserved, views, last_access, priority = shown
     return Fetch(
         object_id=object_id,
         phase=FetchPhase(phase.decode()),
@@ -184,6 +184,10 @@ def read_fetch(object_id: ObjectId, shown: Sequence[Any]) -> Fetch:
         lease_left=left / 1000,
         age=age / 1000,
         trace=trace.decode(),
+        reserved=reserved,
+        views=views,
+        last_access=float(last_access),
+        priority=float(priority),
     )
 
 

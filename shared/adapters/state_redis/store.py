@@ -168,9 +168,11 @@ class RedisStateStore:
 
     async def usage(self) -> Usage:
         reply = await self._connection.run("usage", "")
-        used, reserved, objects, fetches, reconciled, churn, leaving, queued = reply
+        used, reserved, objects, fetches, reconciled, churn, leaving, *others = reply
         taken = used + leaving
-        return Usage(self._limit, taken, reserved, objects, fetches, bool(reconciled), churn, leaving, queued)
+        return Usage(
+            self._limit, taken, reserved, objects, fetches, bool(reconciled), churn, leaving, *others
+        )
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         if accesses:
@@ -216,8 +218,8 @@ class RedisStateStore:
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         return bool(await self._run_leased("commit", lease, stored_at))
 
-    async def park(self, lease: Lease) -> None:
-        await self._run_leased("park", lease)
+    async def park(self, lease: Lease, held: int | None = None) -> None:
+        await self._run_leased("park", lease, "" if held is None else held)
 
     async def release(self, lease: Lease) -> None:
         await self._run_leased("release", lease)

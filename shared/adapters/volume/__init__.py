@@ -8,10 +8,12 @@
 
 A shard is made when it is first written to. A missing shard is an empty one.
 
-Three facts are kept by the file system itself, so they hold across processes and end with the process:
+Four facts are kept by the file system itself, so they hold across processes and end with the process:
   - The writer of a partial file holds an exclusive flock on it, and a shared one after verification. A process that
     sends an object for longer than a moment holds a shared flock. A process that removes a file takes the exclusive
     flock first. The kernel releases the locks of a killed process.
+  - A process that follows a partial file holds an open file description lock for reading on it. An eviction takes the
+    opposite lock first.
   - A partial file that has passed verification is readable by others (mode bit o+r). Followers check that bit.
   - A file that has no name left (st_nlink 0) is being removed. No process begins to send it.
 

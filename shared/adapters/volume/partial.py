@@ -13,8 +13,9 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import struct
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 from distributor_node.shared.adapters.volume.layout import (
@@ -60,7 +61,10 @@ _MAX_REPLACED = 100
 
 
 class PartialHeld(VolumeError):
-    """Another writer still has the partial file open. Its process is alive, perhaps suspended or slow."""
+    """Another writer still has the partial file open. Its process is alive, perhaps suspended or slow.
+
+    Or, where a removal spares them: a follower reads it.
+    """
 
 
 class PartialFile:
@@ -197,6 +201,14 @@ class PartialFile:
     def total(self) -> int:
         """Bytes that are there, likewise."""
         return self.size if self._extents is None else self._extents.total
+
+    @property
+    def held(self) -> int:
+        """Bytes that the file takes, also those that are not named. Valid until the next write.
+
+        What a fetch keeps reserved when it is parked. Sync the file first.
+        """
+        return held_by(os.fstat(self._descriptor), self.total)
 
     @property
     def is_sparse(self) -> bool:
@@ -358,14 +370,16 @@ class PartialFile:
             with suppress(OSError):
                 seal_record(record, FileState.of(os.fstat(self._descriptor)), records)
 
-    def discard(self) -> None:
+    def discard(self, *, unless_read: bool = False) -> None:
         """Remove the partial file and close it. Its bytes are free when this returns.
 
         If it cannot be removed, it is closed and unlocked all the same. Raises PartialHeld if followers send it: they
-        trust a verified file to stay whole.
+        trust a verified file to stay whole. `unless_read`: or if they have it open at all.
         """
         try:
             with map_os_errors(f"discard the partial file of {self.record.object_id}"):
+                if unless_read and not _lock_readers(self._descriptor, fcntl.F_WRLCK):
+                    raise PartialHeld(f"the partial file of {self.record.object_id} is being read")
                 if self.is_verified and not self._take_back():
                     return
                 unlink_if_exists(self._name, self._incoming)
@@ -388,6 +402,80 @@ class PartialFile:
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptor = self._incoming = -1
+
+
+# Followers of a file that is not verified hold a lock of their own kind, an open file description lock. It is apart
+# from the writer's lock (flock), so that the file can be resumed while they read it. A removal that spares them takes
+# the opposite one:
+#
+# 1. A follower opens the file; 2. a removal locks it; 3. the follower finds it locked, and no partial file.
+# 1. A removal locks the file; 2. a follower opens it; 3. it is unlinked and unlocked; 4. the follower locks it, and
+#    finds it unlinked.
+#
+# A network file system may keep both kinds as one. There the writer's lock would keep all followers away, so no such
+# lock is taken (see `locks_are_apart`).
+
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, first byte, length (0: all), process (0)
+
+
+def _lock_readers(descriptor: int, kind: int) -> bool:
+    """Lock for reading or removing, until it is closed. False if the opposite lock is held."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # the file system knows no such locks
+    return True
+
+
+def locks_are_apart(directory: int) -> bool:
+    """Whether the followers' kind of lock can be held beside the writer's. Raises OSError."""
+    name = f".lock-probe-{os.getpid()}"
+    descriptors = [open_plain(name, os.O_RDWR | os.O_CREAT, directory, 0o600) for _ in range(2)]
+    try:
+        fcntl.flock(descriptors[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _lock_readers(descriptors[1], fcntl.F_RDLCK)
+    except BlockingIOError:
+        return False
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        unlink_if_exists(name, directory)
+
+
+def held_by(seen: os.stat_result, named: int = 0) -> int:
+    """Bytes that a partial file takes. `named`: those that can be read of it.
+
+    A file with holes takes its blocks, other ones their size: so are objects counted.
+    """
+    if not seen.st_mode & _SPARSE:
+        return seen.st_size
+    return max(named, min(seen.st_size, seen.st_blocks * 512))
+
+
+def measure_partial(object_id: ObjectId, directories: Directories) -> int | None:
+    """Return the bytes that a partial file takes, None if there is none. Raises PartialHeld if it has a writer.
+
+    Nothing is written, and none can begin during the measurement. Who measures must hold the fetch's lease, or a writer
+    may begin between the measurement and its use.
+    """
+    name = object_id + PART_SUFFIX
+    with map_os_errors(f"measure the partial file of {object_id}"):
+        incoming = directories.descriptor(INCOMING)
+        try:
+            descriptor = open_plain(name, os.O_RDWR, incoming)
+        except FileNotFoundError:
+            return None
+        with closing(PartialReader(object_id, descriptor, directories)) as reader:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PartialHeld(f"the partial file of {object_id} is held by a writer") from None
+            if not _same_file(descriptor, name, incoming):
+                return None
+            os.fdatasync(descriptor)  # some file systems take space only then
+            return held_by(os.fstat(descriptor), reader.state().total)
 
 
 def _same_file(descriptor: int, name: str, directory: int) -> bool:
@@ -440,6 +528,10 @@ class PartialReader:
     def descriptor(self) -> int:
         """For reading only. It stays owned by this instance."""
         return self._descriptor
+
+    def keep(self) -> bool:
+        """Keep the file from being evicted until `close`. False if it is being removed."""
+        return _lock_readers(self._descriptor, fcntl.F_RDLCK)
 
     def state(self) -> PartialState:
         seen = os.fstat(self._descriptor)

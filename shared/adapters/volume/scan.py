@@ -20,6 +20,7 @@ from distributor_node.shared.adapters.volume.layout import (
     shard,
     trashed_id,
 )
+from distributor_node.shared.adapters.volume.partial import held_by
 from distributor_node.shared.adapters.volume.records import is_draft
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import ObjectId
@@ -40,8 +41,9 @@ class FoundPartial:
     """A partial file."""
 
     object_id: ObjectId
-    size: int  # bytes
+    size: int  # bytes up to the last one that was written
     changed_at: float  # POSIX seconds: when it last grew
+    held: int  # bytes that it takes, without its holes
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def scan_partials(directories: Directories) -> Iterator[FoundPartial | UnknownFi
         if seen is None or object_id is None:
             yield UnknownFile(f"{INCOMING}/{name}")
         else:
-            yield FoundPartial(object_id, seen.st_size, seen.st_mtime)
+            yield FoundPartial(object_id, seen.st_size, seen.st_mtime, held_by(seen))
 
 
 def scan_orphan_records(directories: Directories, older_than: float) -> Iterator[tuple[str, str]]:

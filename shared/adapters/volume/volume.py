@@ -44,7 +44,13 @@ from distributor_node.shared.adapters.volume.objects import (
     stat_or_none,
     unlink_trashed,
 )
-from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader, has_holes
+from distributor_node.shared.adapters.volume.partial import (
+    PartialFile,
+    PartialReader,
+    has_holes,
+    locks_are_apart,
+    measure_partial,
+)
 from distributor_node.shared.adapters.volume.records import (
     FileState,
     atomic_write,
@@ -80,6 +86,7 @@ class Volume:
         objects, and holds no lock on them."""
         self.root = root
         self._accel_redirect = accel_redirect
+        self._locks_are_apart: bool | None = None  # None: not tried out yet
         self._directories = Directories(root)
         self._records: OrderedDict[str, tuple[tuple[int, int, int, int], StoredRecord]] = OrderedDict()
         self._record_cache = record_cache
@@ -324,14 +331,32 @@ class Volume:
     # Partial files
 
     def open_partial(self, object_id: ObjectId) -> PartialReader | None:
-        """The partial file of an object that is being fetched, for following. None if there is none."""
+        """The partial file of an object, for following: it is not evicted until it is closed. None if there is none."""
         name = object_id + PART_SUFFIX
         try:
             descriptor = open_plain(name, os.O_RDONLY, self._directories.descriptor(INCOMING))
         except OSError as error:
             self._require_missing(f"{INCOMING}/{name}", error)
             return None
-        return PartialReader(object_id, descriptor, self._directories)
+        reader = PartialReader(object_id, descriptor, self._directories)
+        if self._keeps_followed() and not reader.keep():
+            reader.close()
+            return None
+        return reader
+
+    def _keeps_followed(self) -> bool:
+        """Whether followers hold a lock. Tried out once."""
+        if self._locks_are_apart is None:
+            try:
+                self._locks_are_apart = locks_are_apart(self._directories.root())
+            except OSError as error:  # a read-only mount
+                logger.info("followers_not_locked", reason=str(error))
+                self._locks_are_apart = False
+        return self._locks_are_apart
+
+    def measure_partial(self, object_id: ObjectId) -> int | None:
+        """Bytes that a partial file takes, None if there is none. Raises PartialHeld if it has a writer. Blocking."""
+        return measure_partial(object_id, self._directories)
 
     def partial_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The sidecar of a partial file: the record it is going to have. None if there is no valid sidecar."""
@@ -377,10 +402,12 @@ class Volume:
         partial = PartialFile(self._directories, expected)
         return partial if partial.open_verified() else None
 
-    def discard_partial(self, object_id: ObjectId, size: int) -> None:
-        """Remove a partial file and its sidecar. Raises PartialHeld if its writer is alive."""
+    def discard_partial(self, object_id: ObjectId, size: int, *, unless_read: bool = False) -> None:
+        """Remove a partial file and its sidecar. Raises PartialHeld if its writer is alive; `unless_read`: or if it has
+        followers."""
         record = StoredRecord(object_id, size, '""', None, "application/octet-stream", 0)
-        self.open_partial_for_writing(record, write_sidecar=False).discard()
+        partial = self.open_partial_for_writing(record, write_sidecar=False)
+        partial.discard(unless_read=unless_read and self._keeps_followed())
 
     # Removing
 

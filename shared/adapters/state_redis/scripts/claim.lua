@@ -51,5 +51,7 @@ end
 local serial = next_serial()
 write_fetch({phase = 'claimed', reserved = parked or false, size = parked and fetch.size or 0, token = 0,
              ends = now + tonumber(ARGV[5]), since = now, worker = ARGV[4], source = '',
-             held = parked and fetch.held or nil, job = serial, trace = ARGV[8]})
+             held = parked and fetch.held or nil, job = serial, trace = ARGV[8], whole = parked and fetch.whole or nil,
+             views = parked and fetch.views or 0, last_access = parked and fetch.last_access or 0,
+             priority = parked and fetch.priority or 0})
 return serial

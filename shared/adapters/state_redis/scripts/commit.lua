@@ -3,7 +3,7 @@
 local fetch = read_leased(ARGV[4], ARGV[5])
 if not fetch then return 0 end
 local generation, replaced = next_serial(), read_object(object_id)
-write_object(object_id, {state = STORED, size = fetch.size, frequency = 1,
+write_object(object_id, {state = STORED, size = fetch.size, frequency = math.max(1, fetch.views),
                          last_access = math.min(tonumber(ARGV[6]), now / 1000), priority = 0, generation = generation})
 add('used', footprint(fetch.size) - (replaced and footprint(replaced.size) or 0))
 add('reserved', -reservation(fetch))

@@ -82,14 +82,19 @@ end
 -- milliseconds from writing to `ends`. A fetch that ends later than that from now was written before the clock was set
 -- back. `held`: bytes of the object that the reservation covers where that is more than `size`, because the object was
 -- larger before; nil otherwise. `job`: serial of the claim whose job is carried out, 0 if there is none. `trace`: see
--- Fetch; versions before it neither write nor keep it. `written`: when the phase was written. Nil if it cannot be read
+-- Fetch; versions before it neither write nor keep it. `whole`: bytes of the object where it was parked with fewer, nil
+-- otherwise. `size` is what was kept then: a version that knows no `whole` counts it right, and claims the rest in `begin`.
+-- `following`: kept as it was found. `views`, `last_access`, `priority`: see Fetch. `written`: when the phase was written. Nil if it cannot be read
 local function unpack_fetch(packed)
   local readable, fields = pcall(cmsgpack.unpack, packed)
   if not readable or type(fields) ~= 'table' or type(fields[5]) ~= 'number' then return nil end
-  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job, trace = unpack(fields)
+  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job, trace, following, whole, views,
+        last_access, priority = unpack(fields)
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
                  worker = worker, source = source, lasts = lasts, held = held ~= 0 and held or nil,
-                 job = job or 0, trace = trace or '', written = since, standing = phase}
+                 job = job or 0, trace = trace or '', following = following or 0,
+                 whole = whole ~= 0 and whole or nil, views = views or 0, last_access = last_access or 0,
+                 priority = priority or 0, written = since, standing = phase}
   if lasts and ends > now + lasts then fetch.ends, fetch.outdated = now + lasts, true end
   if phase ~= 'parked' and ends <= now then
     fetch.standing = reserved and 'parked' or nil
@@ -101,7 +106,8 @@ end
 local function write_fetch(fetch, id)
   redis.call('HSET', fetches, id or object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
     fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now), fetch.held or 0,
-    fetch.job or 0, fetch.trace or ''}))
+    fetch.job or 0, fetch.trace or '', fetch.following or 0, fetch.whole or 0, fetch.views or 0,
+    fetch.last_access or 0, fetch.priority or 0}))
 end
 
 local function peek_fetch(id)
@@ -129,10 +135,16 @@ local function read_leased(token, worker)
   end
 end
 
--- What Python reads as Fetch: phase, size, worker, source, milliseconds left, milliseconds in this phase, trace
+-- What a fetch has reserved of an object that needs more; 0 for any other
+local function kept_by_shrunk(fetch) return fetch and fetch.whole and reservation(fetch) or 0 end
+
+-- What Python reads as Fetch: phase, size, worker, source, milliseconds left, milliseconds in this phase, trace, bytes
+-- reserved, views, last access and priority as text
 local function shown(fetch)
   local left = fetch.standing == 'parked' and 0 or fetch.ends - now
-  return {fetch.standing, fetch.size, fetch.worker, fetch.source, left, math.max(0, now - fetch.since), fetch.trace}
+  return {fetch.standing, fetch.whole or fetch.size, fetch.worker, fetch.source, left, math.max(0, now - fetch.since),
+          fetch.trace, reservation(fetch), fetch.views, string.format('%.17g', fetch.last_access),
+          string.format('%.17g', fetch.priority)}
 end
 
 -- What Python reads as ObjectStatus: the fetch or false, the reason of the failure or false, milliseconds until it
@@ -147,9 +159,18 @@ local function job_waits(fetch, milliseconds)
   return fetch.phase == 'queued' and now >= fetch.written and now - fetch.written < tonumber(milliseconds)
 end
 
-local function park(fetch)
+-- `held`: bytes that are kept of the reservation; nil: all. Returns whether bytes were released
+local function park(fetch, held)
+  local before = reservation(fetch)
   fetch.phase, fetch.ends, fetch.since, fetch.lasts = 'parked', now, now, 0
+  if fetch.reserved and held and held < fetch.size then
+    fetch.size, fetch.held, fetch.whole = held, nil, fetch.whole or fetch.size
+  elseif fetch.reserved and held and held < held_size(fetch) then
+    fetch.held = held
+  end
+  if reservation(fetch) < before then add('reserved', reservation(fetch) - before) end
   write_fetch(fetch)
+  return reservation(fetch) < before
 end
 
 local function in_office(term) return redis.call('GET', leader) == term end
