@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 
 from distributor_node.shared.adapters.state_common import AnnouncementQueue, StateTimeouts
-from distributor_node.shared.adapters.state_memory.tables import FetchRow, Tables
+from distributor_node.shared.adapters.state_memory.tables import NOT_FOLLOWED, FetchRow, Tables
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
@@ -28,6 +28,8 @@ from distributor_node.shared.ports.state_store import (
     FailureCause,
     Fetch,
     FetchPhase,
+    Followed,
+    Followers,
     Granted,
     HeldElsewhere,
     IndexEntry,
@@ -112,6 +114,7 @@ class MemoryStateStore:
             job=serial,
             held=tables.rows[object_id].held if parked else 0,
             trace=trace,
+            following=tables.rows[object_id].following if parked else NOT_FOLLOWED,
         )
         return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=serial)
 
@@ -192,6 +195,7 @@ class MemoryStateStore:
             job=claim,
             held=held if held > size else 0,
             trace=trace or (row.trace if row else ""),
+            following=row.following if row else NOT_FOLLOWED,
         )
         tables.reserved += more
         tables.space_requests.pop(object_id, None)
@@ -325,6 +329,20 @@ class MemoryStateStore:
 
     async def wanted_positions(self, object_ids: Sequence[ObjectId]) -> Sequence[Sequence[int]]:
         return [self._tables.wanted_positions(object_id) for object_id in object_ids]
+
+    async def record_followers(self, process: str, followed: Sequence[Followed]) -> None:
+        await self.record_viewers([one.object_id for one in followed])
+        for one in followed:
+            self._tables.record_followers(process, one)
+
+    async def followers(self, object_id: ObjectId) -> Followers:
+        return self._tables.followers(object_id)
+
+    async def order_whole(self, object_id: ObjectId) -> None:
+        row = self._tables.rows.get(object_id)
+        if row is not None:
+            following = replace(row.following, whole=True)
+            self._tables.rows[object_id] = replace(row, following=following)
 
     # Reports of processes
 

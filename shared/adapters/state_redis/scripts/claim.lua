@@ -51,5 +51,6 @@ end
 local serial = next_serial()
 write_fetch({phase = 'claimed', reserved = parked or false, size = parked and fetch.size or 0, token = 0,
              ends = now + tonumber(ARGV[5]), since = now, worker = ARGV[4], source = '',
-             held = parked and fetch.held or nil, job = serial, trace = ARGV[8]})
+             held = parked and fetch.held or nil, job = serial, trace = ARGV[8],
+             following = parked and fetch.following or nil})
 return serial

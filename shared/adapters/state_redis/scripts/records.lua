@@ -82,14 +82,16 @@ end
 -- milliseconds from writing to `ends`. A fetch that ends later than that from now was written before the clock was set
 -- back. `held`: bytes of the object that the reservation covers where that is more than `size`, because the object was
 -- larger before; nil otherwise. `job`: serial of the claim whose job is carried out, 0 if there is none. `trace`: see
--- Fetch; versions before it neither write nor keep it. `written`: when the phase was written. Nil if it cannot be read
+-- Fetch; versions before it neither write nor keep it. `following`: who reads the object, see `following_of`, likewise.
+-- `written`: when the phase was written. Nil if it cannot be read
 local function unpack_fetch(packed)
   local readable, fields = pcall(cmsgpack.unpack, packed)
   if not readable or type(fields) ~= 'table' or type(fields[5]) ~= 'number' then return nil end
-  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job, trace = unpack(fields)
+  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job, trace, following = unpack(fields)
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
                  worker = worker, source = source, lasts = lasts, held = held ~= 0 and held or nil,
-                 job = job or 0, trace = trace or '', written = since, standing = phase}
+                 job = job or 0, trace = trace or '', following = type(following) == 'table' and following or nil,
+                 written = since, standing = phase}
   if lasts and ends > now + lasts then fetch.ends, fetch.outdated = now + lasts, true end
   if phase ~= 'parked' and ends <= now then
     fetch.standing = reserved and 'parked' or nil
@@ -101,7 +103,7 @@ end
 local function write_fetch(fetch, id)
   redis.call('HSET', fetches, id or object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
     fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now), fetch.held or 0,
-    fetch.job or 0, fetch.trace or ''}))
+    fetch.job or 0, fetch.trace or '', fetch.following or 0}))
 end
 
 local function peek_fetch(id)
@@ -114,6 +116,17 @@ local function read_fetch(id)
   if not fetch and redis.call('HEXISTS', fetches, id or object_id) == 1 then drop(fetches, id or object_id) end
   if fetch and fetch.outdated then write_fetch(fetch, id) end
   return fetch
+end
+
+-- views (that began since the first request; 0: not told), when the last one began, 1 if all of the object was ordered,
+-- when a process last told of its clients, and for each process with clients: its name, when it told of them, and for each
+-- the first byte that it needs and the next one that it has not got
+local function following_of(fetch) return fetch.following or {0, 0, 0, 0, {}} end
+
+-- Writes what was read, whatever has expired since: a queue mark goes on counting from when it was written
+local function rewrite_following(fetch, following, id)
+  fetch.following, fetch.since = following, fetch.written
+  write_fetch(fetch, id)
 end
 
 -- Bytes of the object that the fetch has reserved, without its record
