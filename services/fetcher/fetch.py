@@ -6,7 +6,8 @@
 3. Verify size and hash; after corrupt bytes, read again from other sources.
 4. Publish: write the record, rename.
 5. Commit in the state store, which ends the lease.
-After a failure or a stop, the partial file is kept where the next attempt can resume it, and the lease is released.
+After a failure or a stop, the partial file is kept where the next attempt can resume it, and the lease is released. The
+same happens when a large object has no viewers any more: the next request for it publishes another job.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from distributor_node.services.fetcher.download import (
 )
 from distributor_node.services.fetcher.lease import FetchTask, LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.scheduler import Slot
+from distributor_node.services.fetcher.side_streams import FetchPaused
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import PartialFile, Volume
 from distributor_node.shared.domain.conditionals import Comparison
@@ -84,10 +86,12 @@ class FetchRunner:
         slot: Slot | None = None,
         *,
         for_peer: bool = False,
+        ordered: bool = False,
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
         `requested_at`: the boot time before the lease was requested. `slot`: see Worker. `for_peer`: see FetchJob.
+        `ordered`: see FetchTask.
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(
@@ -95,7 +99,7 @@ class FetchRunner:
             self._volume,
             self._failover_reader,
             self._disk,
-            FetchTask(media_object, renewer, slot, PeerUse.CACHED if for_peer else PeerUse.FETCH),
+            FetchTask(media_object, renewer, slot, PeerUse.CACHED if for_peer else PeerUse.FETCH, ordered),
             self._limits,
         )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
@@ -103,6 +107,9 @@ class FetchRunner:
                 async with renewer.running():
                     await fetch.run()
                 return await self._commit(lease)
+            except FetchPaused:
+                await fetch.pause()
+                return Ack("paused")
             except LeaseLost as lost:
                 await record_failure(str(lost), FailureCause.OTHER, False)
                 return Retry(str(lost))
@@ -325,6 +332,15 @@ class _PartialFetch:
             return
         self.close()
         await self._release_lease(keep_reservation=True)
+
+    async def pause(self) -> None:
+        """As `suspend`, for long: what was received survives a power cut."""
+        if self._partial is not None and self._partial.total:
+            try:
+                await self._disk.run(self._partial.sync)
+            except VolumeError as error:
+                logger.warning("partial_not_synced", reason=str(error))  # what is lost is found by the hash
+        await self.suspend()
 
     async def discard(self) -> None:
         """Delete the partial file, then release lease and reservation.
