@@ -1,4 +1,4 @@
-"""Tells the other services what clients ask for: accesses, which objects have viewers now, and where these wait.
+"""Tells the other services what clients ask for: accesses, which objects have viewers now, and where these are.
 
 Accesses are counted in process and written in batches, so that a hit costs no call.
 """
@@ -19,10 +19,11 @@ import structlog
 
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import ViewCoalescer
+from distributor_node.shared.domain.space import ViewCoalescer, Viewer
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import DROPPED_ACCESSES
-from distributor_node.shared.ports.state_store import MAX_VIEWED, MAX_WANTED, Access, StateStore
+from distributor_node.shared.ports.state_store import MAX_VIEWED, MAX_WANTED, Access, Followed, StateStore
+from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.waiting import background
 
 FLUSH_INTERVAL = 1.0
@@ -143,15 +144,40 @@ MAX_POSITIONS = 200
 Position = Callable[[], int]
 """Returns the first byte that a viewer has not got yet."""
 
+FOLLOWERS_PAUSE = 0.02
+"""Seconds between two reports of where viewers of large objects are, at least."""
+MAX_FOLLOWERS = 64
+"""Places of viewers of one object that a process reports. If there are more, all of the object is fetched."""
+_MAX_FOLLOWED = 200  # objects in one report
+
 _WANTED_PAUSE = 0.01  # seconds between two reports of positions: those that come in between go together
 _MAX_WANTING = 1_000  # objects in one of them
+
+
+class Follower:
+    """A request for a large object. While it `follows`, its response is sent from the partial file."""
+
+    def __init__(self, object_id: ObjectId, first: int, position: Position) -> None:
+        """`first`: of the bytes that it needs."""
+        self.object_id = object_id
+        self.first = first
+        self.position = position
+        self.follows = False
+        self.told = -1  # the position that was reported last
 
 
 class Viewers:
     """Objects that are requested while they are not cached. `run` is its task. No request waits for the state store."""
 
-    def __init__(self, state: StateStore) -> None:
+    def __init__(self, state: StateStore, window: int | None = None) -> None:
+        """`window`: bytes that the fetch of a large object may be ahead of its viewers."""
         self._state = state
+        self._process = process_name()
+        self._step = 0 if window is None else window // 4  # bytes between two reports of a viewer
+        self._followers: dict[ObjectId, dict[Follower, None]] = {}
+        self._followed: dict[ObjectId, bool] = {}  # since the last report; whether a request has begun
+        self._to_tell: dict[ObjectId, None] = {}
+        self._has_to_tell = asyncio.Event()
         self._viewing: Counter[ObjectId] = Counter()
         self._positions: dict[int, tuple[ObjectId, Position]] = {}
         self._serial = count(1)
@@ -177,6 +203,52 @@ class Viewers:
             if len(self._left) < MAX_VIEWED:
                 self._left[object_id] = None
 
+    @contextmanager
+    def requesting(self, object_id: ObjectId, first: int, position: Position) -> Iterator[Follower]:
+        """A client requests a large object during the block, of which it needs the bytes from `first` on."""
+        follower = Follower(object_id, first, position)
+        self._followers.setdefault(object_id, {})[follower] = None
+        self._followed[object_id] = True
+        self._tell(object_id)
+        try:
+            yield follower
+        finally:
+            followers = self._followers[object_id]
+            del followers[follower]
+            if not followers:
+                del self._followers[object_id]
+            self._followed.setdefault(object_id, False)
+
+    def follow(self, follower: Follower, follows: bool = True) -> None:
+        """The response is sent from the partial file from now on, or no longer."""
+        if follower.follows is not follows:
+            follower.follows = follows
+            self._tell(follower.object_id)
+
+    def come_near(self, follower: Follower) -> None:
+        """The client has got so far that the fetch has to go on soon. Reported at once, if it is news."""
+        if follower.position() - follower.told >= self._step:
+            self._tell(follower.object_id)
+
+    def _tell(self, object_id: ObjectId) -> None:
+        self._to_tell[object_id] = None
+        self._has_to_tell.set()
+
+    def _report_of(self, object_id: ObjectId) -> Followed | None:
+        """Return where the viewers of the object are. None: at too many places."""
+        places: dict[tuple[int, int], Viewer] = {}
+        for follower in self._followers.get(object_id, ()):
+            if follower.follows:
+                position = follower.position()
+                follower.told = position
+                # Viewers that are close together count as the one that is ahead.
+                place = follower.first, position // max(1, self._step)
+                if place not in places or places[place].position < position:
+                    places[place] = Viewer(follower.first, position)
+        if len(places) > MAX_FOLLOWERS:
+            return None
+        return Followed(object_id, tuple(places.values()), requested=self._followed.pop(object_id, False))
+
     async def positions(self, watched: bool) -> Mapping[str, Any]:
         """Return who reads where, for the node's page: by object, a number of the viewer and the byte it has got to."""
         if not watched:
@@ -194,7 +266,10 @@ class Viewers:
 
     async def run(self) -> None:
         """Report at intervals, until cancelled."""
-        async with background(self._report_wanted(), "wanted-positions"):
+        async with (
+            background(self._report_wanted(), "wanted-positions"),
+            background(self._report_near(), "followers"),
+        ):
             while True:
                 await asyncio.sleep(REPORT_INTERVAL)
                 await self.report()
@@ -213,12 +288,37 @@ class Viewers:
                     break
             await asyncio.sleep(_WANTED_PAUSE)
 
+    async def _report_near(self) -> None:
+        while True:
+            await self._has_to_tell.wait()
+            self._has_to_tell.clear()
+            objects, self._to_tell = self._to_tell, {}
+            try:
+                await self._report_followers(list(objects))
+            except StateStoreUnavailable as error:
+                logger.debug("followers_not_reported", reason=str(error))  # the next report tells
+            await asyncio.sleep(FOLLOWERS_PAUSE)
+
+    async def _report_followers(self, object_ids: Sequence[ObjectId]) -> None:
+        for first in range(0, len(object_ids), _MAX_FOLLOWED):
+            reports = {one: self._report_of(one) for one in object_ids[first : first + _MAX_FOLLOWED]}
+            known = [report for report in reports.values() if report is not None]
+            try:
+                await self._state.record_followers(self._process, known)
+                await self._state.record_viewers([one for one, report in reports.items() if report is None])
+            except BaseException:
+                self._followed |= {report.object_id: True for report in known if report.requested}
+                raise
+
     async def report(self) -> None:
         """Report once. What could not be reported is dropped: the next report is as good."""
         left, self._left = self._left, {}
-        objects = list(dict.fromkeys([*left, *self._viewing]))[-MAX_VIEWED:]
+        followed = list(dict.fromkeys([*self._followed, *self._followers]))
+        viewed = dict.fromkeys(one for one in (*left, *self._viewing) if one not in set(followed))
+        objects = list(viewed)[-MAX_VIEWED:]
         try:
             await self._state.record_viewers(objects)
+            await self._report_followers(followed)
         except StateStoreUnavailable as error:
             self._outage.failed(str(error))
         else:

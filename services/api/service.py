@@ -96,7 +96,7 @@ def make_context(
         assignment=CurrentAssignment(settings.assignment),
         fetch_events=FetchEvents(state, operator_state.wake),
         fetch_capacity=FetchCapacity(state),
-        viewers=Viewers(state),
+        viewers=Viewers(state, settings.fetch.window),
         operator_state=operator_state,
         client_addresses=ClientAddresses(settings.public_api.trusted_proxies),
         slow_clients=SlowClients(settings.public_api.minimum_client_rate),

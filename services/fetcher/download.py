@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -25,6 +25,8 @@ from distributor_node.services.fetcher.side_streams import (
     SentPart,
     SideStreamPlaces,
     SideStreams,
+    ViewerWindow,
+    WindowLimits,
 )
 from distributor_node.shared.adapters.sources.client import Expected, SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader, Preference
@@ -42,7 +44,13 @@ from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Hasher, source_name
 from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability import tracing
-from distributor_node.shared.observability.metrics import PHASE, SOURCE_FAILURES, WRITTEN_BYTES, source_label
+from distributor_node.shared.observability.metrics import (
+    PHASE,
+    SOURCE_FAILURES,
+    WINDOWED_FETCHES,
+    WRITTEN_BYTES,
+    source_label,
+)
 from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through, wait_uncancellable
 from distributor_node.shared.waiting import Backoff, wait_event
@@ -78,6 +86,7 @@ class FetchLimits:
     space_wait: float = 10.0  # seconds to wait for space for more bytes of an object of unknown length
     caching_rules: CachingRules | None = None  # if the objects are those of an HTTP origin
     side_streams: SideStreamPlaces = field(default_factory=lambda: SideStreamPlaces(0))
+    window: WindowLimits | None = None  # None: all of each object is read
 
 
 class AllSourcesCorrupt(SourceWrong):
@@ -110,6 +119,7 @@ class Download:
         self._renewer = task.renewer
         self._slot = task.slot
         self._peer_use = task.peer_use
+        self._window = self._make_window()
         self._total: int | None = None  # the length, as the source states it
         self._span = tracing.current_span()  # threads do not know it
         self._blamed: set[str] = set()  # sources of wrong bytes, each reported once
@@ -122,6 +132,7 @@ class Download:
             AllSourcesFailed: the received bytes are kept.
             AllSourcesCorrupt: the file is empty again.
             LeaseLost: nothing was written after the loss.
+            FetchPaused: there were no viewers for long. The received bytes are kept.
             VolumeError
         """
         groups: SourceGroups = (self._object.sources,)
@@ -142,6 +153,8 @@ class Download:
                 if verified:
                     await self.announce()
                     await self._blame_by_extent()
+                    if self._window is not None:
+                        WINDOWED_FETCHES.labels(reason=self._window.rule.completion or "in_window").inc()
                     return
                 self._report_corruption(contributors, resumed=resumed)
                 self._peer_use = PeerUse.NONE  # one of them may have sent the corrupt bytes
@@ -180,9 +193,16 @@ class Download:
             return False
         return await self._disk.run(self._verify, hasher) if verified is None else verified
 
+    def _make_window(self) -> ViewerWindow | None:
+        """Not for objects without a hash: what was read of one may be no use once the source has another version."""
+        size, limits = self._object.size, self._limits.window
+        if limits is None or size is None or size <= limits.above or self._object.content_hash is None:
+            return None
+        return ViewerWindow(self._state, self._task, size, limits)
+
     def _may_have_side_streams(self) -> bool:
-        if self._partial.is_sparse:
-            return True  # an earlier attempt had some
+        if self._partial.is_sparse or self._window is not None:
+            return True  # an earlier attempt had some, or this one needs to know what was read
         known = self._object.content_hash is not None and self._object.size is not None
         return known and self._limits.side_streams.most > 0 and self._partial.record.size >= MIN_SIZE
 
@@ -200,7 +220,8 @@ class Download:
             lambda: PartialWriter(self._partial, None, self._renewer, self._disk),
         )
         size, verified = self._partial.record.size, None
-        async with side.running(sources):
+        window = nullcontext() if self._window is None else self._window.running()
+        async with window, side.running(sources, self._window):
             try:
                 while position < size and verified is None:
                     verified, position = await self._read_in_order(
@@ -260,6 +281,7 @@ class Download:
         )
         if side is not None:
             writer.on_written = side.on_written
+            await side.until_needed()
         began_at = time.monotonic()
         first_choice = None if self._slot is None else self._slot.url
         # From the beginning, any version that a source has now is as good as the one that the catalog has seen. All
@@ -293,6 +315,8 @@ class Download:
                     await writer.put(data)
                 if offset == meets < limit:
                     break
+                if offset < meets:
+                    await side.until_needed()
         return writer.verified, offset
 
     async def _reserve(self, end: int) -> None:

@@ -6,7 +6,8 @@
 3. Verify size and hash; after corrupt bytes, read again from other sources.
 4. Publish: write the record, rename.
 5. Commit in the state store, which ends the lease.
-After a failure or a stop, the partial file is kept where the next attempt can resume it, and the lease is released.
+After a failure or a stop, the partial file is kept where the next attempt can resume it, and the lease is released. The
+same happens when a large object has no viewers any more: the next request for it publishes another job.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from distributor_node.services.fetcher.download import (
 )
 from distributor_node.services.fetcher.lease import FetchTask, LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.scheduler import Slot
+from distributor_node.services.fetcher.side_streams import FetchPaused
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import PartialFile, Volume
 from distributor_node.shared.domain.conditionals import Comparison
@@ -84,10 +86,12 @@ class FetchRunner:
         slot: Slot | None = None,
         *,
         for_peer: bool = False,
+        ordered: bool = False,
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
         `requested_at`: the boot time before the lease was requested. `slot`: see Worker. `for_peer`: see FetchJob.
+        `ordered`: see FetchTask.
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(
@@ -95,7 +99,7 @@ class FetchRunner:
             self._volume,
             self._failover_reader,
             self._disk,
-            FetchTask(media_object, renewer, slot, PeerUse.CACHED if for_peer else PeerUse.FETCH),
+            FetchTask(media_object, renewer, slot, PeerUse.CACHED if for_peer else PeerUse.FETCH, ordered),
             self._limits,
         )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
@@ -103,6 +107,9 @@ class FetchRunner:
                 async with renewer.running():
                     await fetch.run()
                 return await self._commit(lease)
+            except FetchPaused:
+                await fetch.pause()
+                return Ack("paused")
             except LeaseLost as lost:
                 await record_failure(str(lost), FailureCause.OTHER, False)
                 return Retry(str(lost))
@@ -312,10 +319,11 @@ class _PartialFetch:
         """Whether all bytes are there and right."""
         return self._partial is not None and self._partial.is_verified
 
-    async def suspend(self) -> None:
+    async def suspend(self, *, for_long: bool = False) -> None:
         """Keep the received bytes for another attempt and release the lease.
 
-        Without bytes, or where no later response can be proved to continue them: as `discard`.
+        Without bytes, or where no later response can be proved to continue them: as `discard`. `for_long`: keep no more
+        room than the bytes take. Otherwise the whole object stays reserved, since the next attempt is on its way.
         """
         partial = self._partial
         if partial is not None and not (
@@ -323,8 +331,18 @@ class _PartialFetch:
         ):
             await self.discard()
             return
+        held = partial.held if partial is not None and for_long else None  # under the file's lock
         self.close()
-        await self._release_lease(keep_reservation=True)
+        await self._release_lease(keep_reservation=True, held=held)
+
+    async def pause(self) -> None:
+        """As `suspend` for long: what was received survives a power cut."""
+        if self._partial is not None and self._partial.total:
+            try:
+                await self._disk.run(self._partial.sync)
+            except VolumeError as error:
+                logger.warning("partial_not_synced", reason=str(error))  # what is lost is found by the hash
+        await self.suspend(for_long=True)
 
     async def discard(self) -> None:
         """Delete the partial file, then release lease and reservation.
@@ -341,9 +359,13 @@ class _PartialFetch:
             self._partial = None
         await self._release_lease(keep_reservation=keep_reservation)
 
-    async def _release_lease(self, *, keep_reservation: bool) -> None:
+    async def _release_lease(self, *, keep_reservation: bool, held: int | None = None) -> None:
+        """`held`: bytes of the object that stay reserved; None: all of it."""
         try:
-            await (self._state.park(self._lease) if keep_reservation else self._state.release(self._lease))
+            if keep_reservation:
+                await self._state.park(self._lease, held)
+            else:
+                await self._state.release(self._lease)
         except StateStoreUnavailable as error:
             logger.warning("lease_release_failed", reason=str(error))  # it expires
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from math import inf
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -20,7 +21,7 @@ from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, SlotLimits
-from distributor_node.services.fetcher.side_streams import SideStreamPlaces
+from distributor_node.services.fetcher.side_streams import SideStreamPlaces, WindowLimits
 from distributor_node.shared.adapters.sources.client import SourceAnswer
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
@@ -75,6 +76,9 @@ from distributor_node.shared.waiting import Backoff, background
 _SPARE_THREADS = 2
 """Threads for looking at the volume while every download writes."""
 
+_USAGE_INTERVAL = 2.0
+"""Seconds between two looks at the usage, for large objects of which more may be read than viewers need."""
+
 logger = structlog.get_logger()
 
 
@@ -103,9 +107,17 @@ class Fetcher:
         )
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
         self._side_streams = SideStreamPlaces(fetch.side_streams)
+        window = None
+        if fetch.window is not None:
+            window = WindowLimits(
+                fetch.window, fetch.window_above, fetch.viewer_timeout, self._has_spare_time
+            )
         limits = FetchLimits(
-            storage.largest_cached_size, fetch.space_wait, settings.caching_rules, self._side_streams
+            storage.largest_cached_size, fetch.space_wait, settings.caching_rules, self._side_streams, window
         )
+        # A pass of the evictor ends at the low watermark, so a full cache is often just below it.
+        self._ample_below = 2 * storage.watermarks.low - storage.watermarks.high
+        self._taken, self._taken_at = 0, -inf  # bytes used and reserved, and when they were read
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
             FetchRunner(state, volume, failover_reader, self._disk, times, limits),
@@ -204,6 +216,16 @@ class Fetcher:
         FETCHES.labels("revalidation_outdated").inc()
         return Ack("revalidation_outdated")
 
+    async def _has_spare_time(self, slot: Slot | None) -> bool:
+        """Whether all of an object may be read, although no viewer is near: no job waits, and no object has to go."""
+        if not self._scheduler.has_spare_slot(slot):
+            return False
+        now = time.monotonic()
+        if now - self._taken_at >= _USAGE_INTERVAL:
+            usage = await self._state.usage()
+            self._taken, self._taken_at = usage.used + usage.reserved, now
+        return self._taken <= self._ample_below
+
     async def problems(self) -> Sequence[str]:
         """Return why the fetcher is not ready, in words. Empty: it is ready."""
         if not self._consuming:
@@ -279,6 +301,7 @@ class Worker:
                     record_failure,
                     slot,
                     for_peer=job.for_peer,
+                    ordered=job.low_priority,
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:

@@ -172,3 +172,4 @@ class FetchTask:
     renewer: LeaseRenewer
     slot: Slot | None
     peer_use: PeerUse = PeerUse.FETCH
+    ordered: bool = False  # the operator wants all of it

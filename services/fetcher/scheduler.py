@@ -9,6 +9,8 @@ were published. A held job is an unacknowledged message, so it is redelivered if
 3. Jobs that wait while another worker has free slots are returned to the queue.
 4. When too many jobs wait, those with the lowest priority go to the delay queue, so that this worker keeps seeing new
    jobs: their source may have a free slot.
+5. A download that waits for its viewers has no slot. It takes one again without waiting when a viewer needs it. When
+   too many downloads wait like that, the one that has waited for longest is asked to end: its message is held, too.
 """
 
 from __future__ import annotations
@@ -64,13 +66,24 @@ class SlotLimits:
         """Jobs that may wait for a slot."""
         return max(self.total * _WAITING_PER_SLOT, _MIN_WAITING)
 
+    @property
+    def paused(self) -> int:
+        """Downloads that may wait for their viewers, as part of `waiting`."""
+        return self.waiting // 2
+
 
 class Slot:
     """The right of one job to download. It counts for the source in use."""
 
-    def __init__(self, counts: Counter[str], url: str | None) -> None:
+    def __init__(
+        self, counts: Counter[str], url: str | None, on_paused: Callable[[Slot], None] | None = None
+    ) -> None:
+        """`on_paused`: called when `paused` changes."""
         self._counts = counts
+        self._on_paused = on_paused
         self.url = url
+        self.paused = False
+        self.is_displaced = False  # paused, and asked to end
         self._count(url, 1)
 
     def move_to(self, url: str) -> None:
@@ -78,6 +91,23 @@ class Slot:
         self._count(self.url, -1)
         self.url = url
         self._count(url, 1)
+
+    def pause(self) -> None:
+        """Leave the slot to others. The source keeps the connection, on which it sends nothing."""
+        if not self.paused:
+            self._count(self.url, -1)
+            self._set_paused(True)
+
+    def resume(self) -> None:
+        """Take a slot again, be there a free one or not: a viewer needs the bytes."""
+        if self.paused:
+            self._set_paused(False)
+            self._count(self.url, 1)
+
+    def _set_paused(self, paused: bool) -> None:
+        self.paused, self.is_displaced = paused, False
+        if self._on_paused is not None:
+            self._on_paused(self)
 
     def beside(self) -> Slot:
         """Return a slot for another stream of the same download. It counts for its source, and waits for nothing."""
@@ -88,7 +118,7 @@ class Slot:
         self.url = None
 
     def _count(self, url: str | None, change: int) -> None:
-        if url is not None:
+        if url is not None and not self.paused:
             name = source_name(url)
             self._counts[name] += change
             if not self._counts[name]:
@@ -130,6 +160,7 @@ class JobScheduler:
         self._rank_sources = rank_sources
         self._clock = clock
         self._waiting: list[_WaitingJob] = []
+        self._paused: dict[Slot, None] = {}  # the one that has waited for longest first
         self._running = self._arrivals = 0
         self._per_source: Counter[str] = Counter()
         self._changed = asyncio.Event()
@@ -157,9 +188,30 @@ class JobScheduler:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
             if isinstance(slot, Slot):
+                slot.resume()
                 slot.release()
                 self._running -= 1
                 self._assign()
+
+    def _on_paused(self, slot: Slot) -> None:
+        if not slot.paused:
+            self._paused.pop(slot, None)
+            self._running += 1
+            return
+        self._paused[slot] = None
+        self._running -= 1
+        if len(self._paused) > self._limits.paused:
+            next(one for one in self._paused if not one.is_displaced).is_displaced = True
+        self._assign()
+
+    def has_spare_slot(self, slot: Slot | None) -> bool:
+        """Whether a download may read what no viewer needs: no job waits for its slot."""
+        if self._waiting:
+            return False
+        if slot is None or not slot.paused:
+            return self._running <= self._limits.total
+        free = slot.url is None or self._per_source[source_name(slot.url)] < self._limits.per_source
+        return free and self._running < self._limits.total
 
     def _assign(self) -> None:
         """Give free slots to waiting jobs."""
@@ -171,7 +223,7 @@ class JobScheduler:
                 found, url = self._free_source(waiting.job.media_object)
                 if found:
                     self._running += 1
-                    self._settle(waiting, Slot(self._per_source, url))
+                    self._settle(waiting, Slot(self._per_source, url, self._on_paused))
         if self._running >= self._limits.total:
             self._changed.set()
 

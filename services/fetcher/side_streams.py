@@ -1,4 +1,6 @@
-"""Side streams of one fetch: they fill gaps in front of viewers, while the main stream reads from the first byte on.
+"""What the viewers of one fetch want: side streams in front of them, and that no more is read than they watch.
+
+Side streams fill gaps in front of viewers, while the main stream reads from the first byte on.
 
 1. API processes report the bytes that viewers wait for. `SideStreams` looks for such reports several times a second.
 2. The gaps in front of these bytes that no stream fills get one stream each, the one nearest to its viewer first, as
@@ -8,30 +10,38 @@
 5. The main stream, too, ends where an extent or a stream begins. It goes on behind all that follows that without a gap.
 
 Only objects with a content hash have side streams. Their bytes are read again and verified when all of them are there.
+
+A large object has a window, too (`ViewerWindow`): a stream that is so far ahead of its viewers is not read until they
+come nearer. The source's connection stays open, and TCP holds the source back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
 from distributor_node.services.fetcher.lease import FetchTask, LeaseLost
+from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.sources.client import SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader, Preference
 from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.domain.errors import AllSourcesFailed, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.extents import BLOCK, Extent, Extents
-from distributor_node.shared.domain.space import RECORD_BYTES
-from distributor_node.shared.observability.metrics import SIDE_STREAMS, SIDE_STREAMS_IN_PROGRESS
+from distributor_node.shared.domain.space import RECORD_BYTES, Completion, FetchWindow
+from distributor_node.shared.observability.metrics import (
+    DOWNLOADS_PAUSED,
+    SIDE_STREAMS,
+    SIDE_STREAMS_IN_PROGRESS,
+)
 from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
 from distributor_node.shared.runtime.threads import BlockingPool
-from distributor_node.shared.waiting import background, cancel_and_wait
+from distributor_node.shared.waiting import background, cancel_and_wait, wait_event
 
 MIN_SIZE = 4 * 1024 * 1024
 """Bytes of the smallest object that has side streams: no range of a smaller one is far."""
@@ -128,6 +138,162 @@ def gaps_to_fill(
     return [gap for _, gap in nearest[:at_most]]
 
 
+# The window
+
+LOOK_INTERVAL = 0.25
+"""Seconds between two looks at where viewers are, at most."""
+_MIN_LOOK_INTERVAL = 0.01
+_UNUSED_AFTER = 3.0
+"""Seconds after which a side stream that no viewer needs ends."""
+
+
+class FetchPaused(Exception):
+    """A fetch has ended because it had no viewers for long. Its bytes are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowLimits:
+    """How far ahead of viewers large objects are read."""
+
+    window: int  # bytes
+    above: int = 0  # bytes of an object up to which all of it is read
+    viewer_timeout: float = 30.0  # seconds without viewers after which a fetch ends
+    has_spare_time: Callable[[Slot | None], Awaitable[bool]] | None = None
+    """Whether nothing else is to be fetched, and there is room: then all of it is read."""
+
+
+class ViewerWindow:
+    """Holds back the streams of one fetch that are too far ahead of its viewers, and ends it when there are none."""
+
+    def __init__(
+        self,
+        state: StateStore,
+        task: FetchTask,
+        size: int,
+        limits: WindowLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock`: in seconds."""
+        self._state = state
+        self._object_id = task.media_object.object_id
+        self._slot = task.slot
+        self._limits = limits
+        self._clock = clock
+        self.rule = FetchWindow(size, limits.window, clock(), ordered=task.ordered)
+        self._reading = 0  # side streams that are not held back
+        self._held_at: float | None = (
+            None  # since when the main stream is held back, or waits for a side stream
+        )
+        self._told: Completion | None = None
+        self._changed, self._urgent = asyncio.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Follow the viewers during the block. Ends it and raises FetchPaused when they have been gone for long."""
+        watching = asyncio.create_task(self._watch(), name=f"window-{self._object_id}")
+        # A timeout without a deadline, as in LeaseRenewer.
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                running = True
+
+                def end_block(_: asyncio.Task[None]) -> None:
+                    if running:
+                        scope.reschedule(asyncio.get_running_loop().time())
+
+                watching.add_done_callback(end_block)
+                try:
+                    yield
+                finally:
+                    running = False
+        except TimeoutError:
+            if not scope.expired():
+                raise
+        finally:
+            await cancel_and_wait(watching)
+        if not watching.cancelled():
+            watching.result()
+            raise FetchPaused(f"no viewers of {self._object_id}")
+
+    async def _watch(self) -> None:
+        """Return when the fetch is to end."""
+        while True:
+            now = self._clock()
+            await self._look(now)
+            if self._held_at is not None and not self._reading and self._is_given_up(now):
+                return
+            # A pause is as long as the viewer needs to come nearer. The looks of one are a part of that apart.
+            held_for = LOOK_INTERVAL if self._held_at is None else (now - self._held_at) / 4
+            await wait_event(self._urgent, max(_MIN_LOOK_INTERVAL, min(held_for, LOOK_INTERVAL)))
+            self._urgent.clear()
+
+    def _is_given_up(self, now: float) -> bool:
+        displaced = self._slot is not None and self._slot.is_displaced
+        return displaced or self.rule.alone_for(now) >= self._limits.viewer_timeout
+
+    async def _look(self, now: float) -> None:
+        try:
+            known = await self._state.followers(self._object_id)
+            spare = await self._has_spare_time()
+        except StateStoreUnavailable:
+            self.rule.update(now, (), untold=True)
+        else:
+            self.rule.update(
+                now,
+                known.viewers,
+                views=known.views,
+                ordered=known.whole,
+                told=known.told,
+                untold=known.untold,
+                spare_time=spare,
+            )
+        completion = self.rule.completion
+        if completion is not self._told:
+            self._told = completion
+            logger.debug("fetch_window_changed", object_id=self._object_id, completion=completion)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _has_spare_time(self) -> bool:
+        if self._limits.has_spare_time is None:
+            return False
+        if self._held_at is None and self.rule.completion is not Completion.SPARE_TIME:
+            return False
+        return await self._limits.has_spare_time(self._slot)
+
+    @contextmanager
+    def side_stream(self, change: int = 1) -> Iterator[None]:
+        """A side stream reads during the block. `change` -1: one is held back."""
+        self._reading += change
+        try:
+            yield
+        finally:
+            self._reading -= change
+
+    @contextmanager
+    def main_stream_held(self) -> Iterator[None]:
+        """The main stream waits during the block, and needs no slot."""
+        self._held_at = self._clock()
+        DOWNLOADS_PAUSED.inc()
+        if self._slot is not None:
+            self._slot.pause()
+        try:
+            yield
+        finally:
+            if self._slot is not None:
+                self._slot.resume()
+            DOWNLOADS_PAUSED.dec()
+            self._held_at = None
+
+    def look_now(self) -> None:
+        """Ask for the viewers at once: a stream has come to the limit that they were known to set."""
+        self._urgent.set()
+
+    async def change(self) -> None:
+        """Wait until the viewers were looked at again."""
+        await self._changed.wait()
+
+
 class SideStreams:
     """The side streams of one attempt at one object, and the extents that all of its streams have written."""
 
@@ -152,6 +318,7 @@ class SideStreams:
         self._slot = task.slot
         self._places = places
         self._make_writer = make_writer
+        self._window: ViewerWindow | None = None
         self.written = partial.extents
         self._main: _Stream | None = _Stream(partial.size, partial.size)  # None: it waits for others
         self._streams: list[_Stream] = []
@@ -163,8 +330,14 @@ class SideStreams:
         self._changed = asyncio.Event()
 
     @asynccontextmanager
-    async def running(self, sources: Sequence[str]) -> AsyncIterator[None]:
-        """Within the block, read what viewers want. At its end all that was written is named."""
+    async def running(
+        self, sources: Sequence[str], window: ViewerWindow | None = None
+    ) -> AsyncIterator[None]:
+        """Within the block, read what viewers want. At its end all that was written is named.
+
+        `window`: how far ahead of them. None: to the end.
+        """
+        self._window = window
         try:
             async with (
                 background(self._steer(sources), "side-streams"),
@@ -209,12 +382,65 @@ class SideStreams:
         The main stream, which has ended, goes on there.
         """
         self._main = None
-        while any(stream.first <= self.written.prefix <= stream.position for stream in self._streams):
-            await self._changed.wait()
+        if self._prefix_grows() and self._window is not None:
+            with self._window.main_stream_held():
+                await self._until_prefix_stays()
+        else:
+            await self._until_prefix_stays()
         prefix = self.written.prefix
         self._main = _Stream(prefix, prefix)
         self._all.append(self._main)
         return prefix
+
+    def _prefix_grows(self) -> bool:
+        return any(stream.first <= self.written.prefix <= stream.position for stream in self._streams)
+
+    async def _until_prefix_stays(self) -> None:
+        while self._prefix_grows():
+            await self._changed.wait()
+
+    async def until_needed(self) -> None:
+        """Wait while the main stream is too far ahead of the viewers. Meant to be called before each read."""
+        window, main = self._window, self._main
+        if window is None or main is None or self._may_read(main):
+            return
+        with window.main_stream_held():
+            window.look_now()
+            while not self._may_read(main):
+                await window.change()
+
+    async def _is_needed(self, stream: _Stream) -> bool:
+        """As `until_needed`, for a side stream. False: no viewer has needed it for a while."""
+        window = self._window
+        if window is None or self._may_read(stream):
+            return True
+        needed_at = time.monotonic()
+        with window.side_stream(-1):
+            window.look_now()
+            while not self._may_read(stream):
+                await window.change()
+                if window.rule.has_viewer_of(stream.position, self._read()):
+                    needed_at = time.monotonic()
+                elif time.monotonic() - needed_at >= _UNUSED_AFTER:
+                    return False
+        return True
+
+    def _may_read(self, stream: _Stream) -> bool:
+        if self._window is None:
+            return True
+        filling = [other.position for other in self._running() if other is not stream]
+        main = stream is self._main
+        return self._window.rule.may_read(stream.position, self._read(), filling, main=main)
+
+    def _running(self) -> list[_Stream]:
+        return [*self._streams] if self._main is None else [*self._streams, self._main]
+
+    def _read(self) -> Extents:
+        """What was read, written or not."""
+        return Extents.of(
+            *((extent.first, extent.end) for extent in self.written),
+            *((stream.first, stream.position) for stream in self._running()),
+        )
 
     def _notify(self) -> None:
         self._changed.set()
@@ -223,6 +449,8 @@ class SideStreams:
     # Steering
 
     async def _steer(self, sources: Sequence[str]) -> None:
+        if not self._places.most:
+            return
         wanted_at = time.monotonic()
         while True:
             now = time.monotonic()
@@ -262,15 +490,10 @@ class SideStreams:
     def _gaps(self, wanted: Sequence[int]) -> list[Extent]:
         if self._ranges_ignored:
             return []
-        running = [*self._streams] if self._main is None else [*self._streams, self._main]
-        read = Extents.of(
-            *((extent.first, extent.end) for extent in self.written),
-            *((stream.first, stream.position) for stream in running),
-        )
         oldest = time.monotonic() - _RETRY_AFTER
         self._failed = {first: at for first, at in self._failed.items() if at > oldest}
-        filling = [*(stream.position for stream in running), *self._failed]
-        return gaps_to_fill(wanted, read, filling, self._size, self._places.free)
+        filling = [*(stream.position for stream in self._running()), *self._failed]
+        return gaps_to_fill(wanted, self._read(), filling, self._size, self._places.free)
 
     def _begin(self, gap: Extent, sources: Sequence[str]) -> None:
         stream = _Stream(gap.first, gap.first)
@@ -296,18 +519,22 @@ class SideStreams:
             self._object, stream.first, end - 1, sources, on_source, preference=self._preference
         )
         SIDE_STREAMS_IN_PROGRESS.inc()
+        counted = nullcontext() if self._window is None else self._window.side_stream()
         try:
-            async with aclosing(chunks), writer.writing(stream.first):
-                async for chunk in chunks:
-                    if self._ranges_ignored or self._is_overtaken(stream):
-                        break
-                    limit = self.limit(stream.position, stream)
-                    data = chunk.data[: limit - stream.position]
-                    stream.advance(chunk.source, len(data))
-                    if data:
-                        await writer.put(data)
-                    if stream.position == limit < end:
-                        break
+            with counted:
+                async with aclosing(chunks), writer.writing(stream.first):
+                    async for chunk in chunks:
+                        if self._ranges_ignored or self._is_overtaken(stream):
+                            break
+                        limit = self.limit(stream.position, stream)
+                        data = chunk.data[: limit - stream.position]
+                        stream.advance(chunk.source, len(data))
+                        if data:
+                            await writer.put(data)
+                        if stream.position == limit < end:
+                            break
+                        if stream.position < limit and not await self._is_needed(stream):
+                            break
             outcome = "failed" if self._ranges_ignored else "done"
         except (AllSourcesFailed, VolumeError, LeaseLost, StateStoreUnavailable) as error:
             # The fetch goes on: its main stream meets the same failure, or gets here.
@@ -334,8 +561,7 @@ class SideStreams:
         """
         if stream.sent:
             return False
-        others = [*self._streams] if self._main is None else [*self._streams, self._main]
-        read = any(other.first <= stream.first < other.position for other in others)
+        read = any(other.first <= stream.first < other.position for other in self._running())
         return read or self.written.contains(stream.first, stream.first + 1)
 
     def _note_failure(self, position: int) -> None:

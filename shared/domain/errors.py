@@ -120,6 +120,12 @@ class SourceUnreachable(SourceError):
         self.timed_out = timed_out
 
 
+class SourceClosed(SourceUnreachable):
+    """The source closed the connection while its response was not read, or soon after. Not a failure of the source."""
+
+    reason = "closed"
+
+
 class SourceTooSlow(SourceError):
     """No headers, no bytes, or too few bytes arrived in time."""
 

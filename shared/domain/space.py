@@ -1,14 +1,17 @@
-"""Space of the cache: how bytes are counted against the storage limit, and which objects are admitted.
+"""Space of the cache: how bytes are counted against the storage limit, and what of which objects is fetched.
 
-An object above some size is cached on its second view only (second-hit admission).
+An object above some size is cached on its second view only (second-hit admission). Of a large object that is fetched,
+no more is read than its viewers watch, and a little ahead of them (window).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from distributor_node.shared.domain.extents import BLOCK, Extents
 from distributor_node.shared.domain.objects import ObjectId
 
 RECORD_BYTES = 1024
@@ -223,3 +226,140 @@ class SecondHitAdmission:
         if len(self._first) > self._max_entries:
             self._first.popitem(last=False)
         return not pressure
+
+
+# Window: half of all viewers watch less than 40 % of a film, so a large object is read a little ahead of its viewers.
+
+WATCHED_SHARE = 0.8
+"""Share of an object from which a viewer is expected to want all of it. Its end is sent once all is verified."""
+_INDEX_SHARE = 1 / 20
+"""Share of an object that a response which begins behind WATCHED_SHARE brings before it counts as a viewer: players
+read the index of an MP4, which may lie at its end, before they begin."""
+_SETTLING = 5.0
+"""Seconds for which a fetch reads on without knowing whether processes tell where their clients are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """A response that follows an object which is being fetched."""
+
+    first: int  # of the bytes that it needs
+    position: int  # of the next byte that it has not got
+
+
+class Completion(StrEnum):
+    """Why a fetch reads on, however far ahead of its viewers it is."""
+
+    ORDERED = "ordered"  # by the operator: the object is warmed or pinned
+    SECOND_VIEW = "second_view"
+    WATCHED = "watched"  # a viewer has passed WATCHED_SHARE
+    VIEWERS_UNKNOWN = "viewers_unknown"  # a process does not tell where its clients are
+    SPARE_TIME = "spare_time"  # nothing else is to be fetched, and there is room
+
+
+class FetchWindow:
+    """Decides how far the streams of one fetch read. Times are monotonic seconds.
+
+    1. A stream goes on while a viewer that it reads for is less than `window` bytes behind it.
+    2. The main stream also goes on towards a viewer that is as close ahead of it, and that no other stream reads for.
+       One that is further ahead gets a stream of its own, or is served from elsewhere.
+    3. Without viewers it stays where the last ones were.
+    4. There is no such limit while `completion` says why.
+    """
+
+    def __init__(self, size: int, window: int, now: float, *, ordered: bool = False) -> None:
+        """`size`, `window`: in bytes. `ordered`: all of the object is wanted."""
+        self.size = size
+        self.window = window
+        self._lasting = Completion.ORDERED if ordered else None
+        self._passing: Completion | None = Completion.VIEWERS_UNKNOWN
+        self._viewers: Sequence[Viewer] = (Viewer(0, 0),)  # the last ones that there were
+        self._unknown_until = now + _SETTLING
+        self._told = False
+        self._alone_since: float | None = None
+
+    def update(
+        self,
+        now: float,
+        viewers: Sequence[Viewer],
+        *,
+        views: int = 0,
+        ordered: bool = False,
+        told: bool = True,
+        untold: bool = False,
+        spare_time: bool = False,
+    ) -> None:
+        """Take what is known of the viewers. `told`, `untold`: see Followers. `spare_time`: nothing else is to do."""
+        if told and not self._told:
+            self._told, self._unknown_until = True, now
+        if untold:
+            self._unknown_until = max(self._unknown_until, now + _SETTLING)
+        if viewers:
+            self._viewers = tuple(viewers)
+        unknown = now < self._unknown_until
+        if viewers or unknown:
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = now
+        if self._lasting is None:
+            self._lasting = self._reason_to_complete(viewers, views, ordered=ordered)
+        self._passing = None
+        if unknown:
+            self._passing = Completion.VIEWERS_UNKNOWN
+        elif spare_time:
+            self._passing = Completion.SPARE_TIME
+
+    def _reason_to_complete(
+        self, viewers: Sequence[Viewer], views: int, *, ordered: bool
+    ) -> Completion | None:
+        if ordered:
+            return Completion.ORDERED
+        if views > 1:
+            return Completion.SECOND_VIEW
+        return Completion.WATCHED if any(map(self._has_watched, viewers)) else None
+
+    def _has_watched(self, viewer: Viewer) -> bool:
+        passed = self.size * WATCHED_SHARE
+        if viewer.position < passed:
+            return False
+        index = min(self.window, int(self.size * _INDEX_SHARE))
+        return viewer.first < passed or viewer.position - viewer.first >= index
+
+    @property
+    def completion(self) -> Completion | None:
+        """Why the fetch reads on to the end. None: it does not."""
+        return self._lasting or self._passing
+
+    def alone_for(self, now: float) -> float:
+        """Return for how many seconds there have been no viewers."""
+        return 0.0 if self._alone_since is None else now - self._alone_since
+
+    def may_read(
+        self, position: int, there: Extents, filling: Collection[int] = (), *, main: bool = True
+    ) -> bool:
+        """Whether the stream whose next byte is at `position` goes on.
+
+        `there`: what was read. `filling`: the next bytes of all streams. `main`: it is the one that reads in order.
+        """
+        if self.completion is not None:
+            return True
+        for viewer in self._viewers:
+            missing = there.end_at(viewer.position)
+            if missing >= self.size or missing - viewer.position >= self.window:
+                continue
+            if _reaches(position, missing):
+                return True
+            if main and position < missing <= position + self.window and missing not in filling:
+                return True
+        return False
+
+    def has_viewer_of(self, position: int, there: Extents) -> bool:
+        """Whether a viewer will need the byte at `position`, be it later, when it has read what is there before."""
+        return self.completion is not None or any(
+            _reaches(position, there.end_at(viewer.position)) for viewer in self._viewers
+        )
+
+
+def _reaches(position: int, missing: int) -> bool:
+    """Whether a stream at `position` brings the missing byte next. Streams begin with a whole block."""
+    return position <= missing < position + BLOCK

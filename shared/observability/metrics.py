@@ -32,6 +32,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.samples import Exemplar
 
+from distributor_node.shared.domain.space import Completion
 from distributor_node.shared.observability.multiprocess import VARIABLE, files_locked
 
 # A `_created` gauge for each series would double the page.
@@ -292,6 +293,17 @@ REVALIDATIONS = Counter(
 DOWNLOADS_IN_PROGRESS = Gauge(
     "distributor_downloads_in_progress", "Objects being downloaded.", multiprocess_mode="livesum"
 )
+DOWNLOADS_PAUSED = Gauge(
+    "distributor_downloads_paused",
+    "Downloads of large objects that wait for their viewers to come nearer.",
+    multiprocess_mode="livesum",
+)
+WINDOWED_FETCHES = Counter(
+    "distributor_windowed_fetches_total",
+    "Fetches of large objects that were completed, by why more was read than a little ahead of viewers: ordered, "
+    "second_view, watched, viewers_unknown, spare_time; in_window: it was not.",
+    ["reason"],
+)
 SIDE_STREAMS_IN_PROGRESS = Gauge(
     "distributor_side_streams_in_progress",
     "Gaps in front of viewers that are being filled, beside downloads in order.",
@@ -415,7 +427,8 @@ _PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
         REVALIDATIONS: ("refreshed", "removed", "outdated", "failed"),
     },
     "fetcher": {
-        FETCHES: ("does_not_exist", "not_served", "not_uploaded"),
+        FETCHES: ("does_not_exist", "not_served", "not_uploaded", "paused"),
+        WINDOWED_FETCHES: (*Completion, "in_window"),
         SIDE_STREAMS: ("done", "failed", "stopped"),
     },
     "evictor": {

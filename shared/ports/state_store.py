@@ -29,7 +29,7 @@ from distributor_node.shared.domain.operator_state import (
     Warming,
     WarmingScope,
 )
-from distributor_node.shared.domain.space import AdmissionQuestion, Usage, footprint
+from distributor_node.shared.domain.space import AdmissionQuestion, Usage, Viewer, footprint
 
 # Fetches
 
@@ -194,6 +194,30 @@ WANTED_MEMORY = 3.0
 """Seconds that the store remembers at which byte of an object a viewer waits. One that waits on says so again."""
 MAX_WANTED = 64
 """Positions of one object; beyond that, the oldest are forgotten."""
+
+FOLLOWER_MEMORY = 5.0
+"""Seconds that the store remembers where the clients of a process read an object that is being fetched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """Where the clients of one process read an object that is being fetched."""
+
+    object_id: ObjectId
+    viewers: tuple[Viewer, ...] = ()  # empty: they have left, or are served from elsewhere
+    requested: bool = False  # a request has begun since the last report
+
+
+@dataclass(frozen=True, slots=True)
+class Followers:
+    """Where clients read an object that is being fetched, by what all processes have told lately."""
+
+    viewers: Sequence[Viewer] = ()
+    views: int = 0  # that have begun since the first request of the fetch
+    whole: bool = False  # all of the object was ordered, or it is pinned
+    told: bool = False  # a process has told of its clients, be it that there are none
+    untold: bool = False  # a process has clients and has not told where: one of the version before
+
 
 # The index
 
@@ -426,6 +450,19 @@ class WorkerStore(Protocol):
 
     async def wanted_positions(self, object_ids: Sequence[ObjectId]) -> Sequence[Sequence[int]]:
         """The offsets of each object that were last reported by `record_wanted`, in order."""
+
+    async def record_followers(self, process: str, followed: Sequence[Followed]) -> None:
+        """What the clients of a process read, in place of its last report on these objects.
+
+        Remembered for FOLLOWER_MEMORY seconds with the fetch, if there is one. Its views are counted as ViewCoalescer
+        does. Includes `record_viewers`.
+        """
+
+    async def followers(self, object_id: ObjectId) -> Followers:
+        """What was told of one object that is being fetched."""
+
+    async def order_whole(self, object_id: ObjectId) -> None:
+        """All of the object is to be fetched, whoever reads it. Remembered with its fetch, if there is one."""
 
 
 class ReportStore(Protocol):

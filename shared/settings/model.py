@@ -24,7 +24,13 @@ from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
 from distributor_node.shared.domain.urls import names_host
 from distributor_node.shared.settings.peers import PeerSettings
-from distributor_node.shared.settings.sizes import AdmissionSize, MissCostSetting, Size, format_size
+from distributor_node.shared.settings.sizes import (
+    AdmissionSize,
+    MissCostSetting,
+    OptionalSize,
+    Size,
+    format_size,
+)
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -280,6 +286,13 @@ class FetchSettings(SettingsGroup):
     """Of these, objects that it downloads from one source at once. Further jobs wait, or use other sources."""
     side_streams: int = Field(default=32, ge=0, le=256)
     """Gaps in front of viewers that a fetcher process fills at once beside its downloads. 0: far ranges are proxied."""
+    window_above: Size = Field(default=16 * 1024**2)
+    """Objects larger than this, with a content hash, are read as far as their viewers watch, and `window` ahead."""
+    window: OptionalSize = Field(default=8 * 1024**2)
+    """How far ahead of the furthest viewer such an object is read. `off`: all of it is, as of any other object. See
+    docs/eviction.md."""
+    viewer_timeout: Seconds = 30.0
+    """Seconds without viewers after which such a download ends. Its bytes stay, and the next request continues it."""
     connect_timeout: Seconds = 3.0
     """Seconds to connect to a source."""
     first_byte_timeout: Seconds = 5.0

@@ -1,4 +1,4 @@
-"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024; and two settings that may follow the traffic: auto, 30x, 64M."""
+"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024, or off; and two settings that may follow the traffic: auto, 30x, 64M."""
 
 from __future__ import annotations
 
@@ -82,6 +82,37 @@ AdmissionSize = Annotated[
             "anyOf": [
                 *_SCHEMA["anyOf"],
                 {"type": "string", "pattern": r"^\s*([aA][uU][tT][oO]|[oO][fF][fF])\s*$"},
+                {"const": False},
+                {"type": "null"},
+            ]
+        },
+        mode="validation",
+    ),
+]
+
+
+def parse_optional_size(value: object) -> int | None:
+    """`off` (None; YAML reads it as false), or a size of at least one byte. Raises ValueError."""
+    if value is None or value is False or (isinstance(value, str) and value.strip().lower() == "off"):
+        return None
+    try:
+        size = parse_size(value)
+    except ValueError as error:
+        raise ValueError(f"expected off or a size: {error}") from error
+    if not size:
+        raise ValueError(f"expected off or a size of at least 1 byte, got {value!r}")
+    return size
+
+
+OptionalSize = Annotated[
+    int | None,
+    BeforeValidator(parse_optional_size),
+    PlainSerializer(format_admission_size, return_type=str),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                *_SCHEMA["anyOf"],
+                {"type": "string", "pattern": r"^\s*[oO][fF][fF]\s*$"},
                 {"const": False},
                 {"type": "null"},
             ]

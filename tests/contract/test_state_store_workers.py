@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from distributor_node.shared.adapters.state_memory import tables as records_in_memory
+from distributor_node.shared.adapters.state_redis import store as records_on_redis
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import VIEW_WINDOW, Viewer
 from distributor_node.shared.ports import state_store
-from distributor_node.shared.ports.state_store import WorkerReport
+from distributor_node.shared.ports.state_store import (
+    FOLLOWER_MEMORY,
+    FetchPhase,
+    Followed,
+    Granted,
+    WorkerReport,
+)
 from tests.contract.state_harness import ONE, THREE, TWO, Harness
 
 FIRST = WorkerReport("worker-1", slots=8, running=3, waiting=0, longest_wait=0.0)
@@ -204,3 +215,115 @@ class TestReports:
         await harness.store.report_process("a", "{}", 60)
         assert await reports(harness) == [FIRST]
         assert list(await contents(harness)) == ["a"]
+
+
+HERE, THERE = Viewer(0, 5_000_000_000), Viewer(700, 900)
+
+
+async def viewers_of(harness: Harness, object_id: ObjectId = ONE) -> set[Viewer]:
+    return set((await harness.other.followers(object_id)).viewers)
+
+
+class TestFollowers:
+    async def test_each_process_tells_of_its_own(self, harness: Harness) -> None:
+        await harness.store.claim(ONE, "api-1")
+        assert not (await harness.other.followers(ONE)).told
+        await harness.store.record_followers("api-1", [Followed(ONE, (HERE,))])
+        await harness.store.record_followers("api-2", [Followed(ONE, (THERE, THERE)), Followed(TWO)])
+        found = await harness.other.followers(ONE)
+        assert (found.told, found.untold, found.whole, found.views) == (True, False, False, 0)
+        assert sorted(found.viewers, key=lambda viewer: viewer.first) == [HERE, THERE, THERE]
+        await harness.store.record_followers("api-1", [Followed(ONE)])
+        assert await viewers_of(harness) == {THERE}
+        assert await viewers_of(harness, TWO) == set()
+
+    async def test_they_stay_with_the_fetch_and_end_with_it(self, harness: Harness) -> None:
+        await harness.reconciled()
+        claim = await harness.store.claim(ONE, "api-1")
+        await harness.store.record_followers("api-1", [Followed(ONE, (HERE,), requested=True)])
+        await harness.store.mark_queued(ONE, "api-1")
+        granted = await harness.store.begin(ONE, 1000, "worker-1", claim.serial)
+        assert isinstance(granted, Granted)
+        assert await harness.store.renew(granted.lease, "http://node.example")
+        assert await viewers_of(harness) == {HERE}
+        await harness.store.park(granted.lease)
+        assert (await harness.store.claim(ONE, "api-2")).won
+        lease = await harness.begin_fetch(ONE, 1000)
+        found = await harness.other.followers(ONE)
+        assert (set(found.viewers), found.views) == ({HERE}, 1)
+        await harness.store.release(lease)
+        found = await harness.other.followers(ONE)
+        assert (found.viewers, found.views, found.told) == ((), 0, False)
+
+    async def test_a_report_does_not_prolong_what_has_expired(self, brief: Harness) -> None:
+        await brief.store.claim(ONE, "api-1")
+        await brief.store.mark_queued(ONE, "api-1")
+        await brief.until_phase(ONE, None)
+        await brief.store.record_followers("api-1", [Followed(ONE, (HERE,))])
+        assert await brief.phase(ONE) is None
+        await brief.reconciled()
+        lease = await brief.begin_fetch(TWO, 1000)
+        await brief.until_phase(TWO, FetchPhase.PARKED)
+        await brief.store.record_followers("api-1", [Followed(TWO, (HERE,))])
+        assert await brief.phase(TWO) is FetchPhase.PARKED
+        assert await brief.store.renew(lease)
+        assert await brief.phase(TWO) is FetchPhase.FETCHING
+
+    async def test_a_process_that_has_ended_is_forgotten(
+        self, harness: Harness, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for adapter in (records_in_memory, records_on_redis):
+            monkeypatch.setattr(adapter, "FOLLOWER_MEMORY", 0.2)
+        await harness.store.claim(ONE, "api-1")
+        await harness.store.record_followers("api-1", [Followed(ONE, (HERE,))])
+
+        async def gone() -> bool:
+            return await viewers_of(harness) == set()
+
+        await harness.until(gone)
+        await harness.store.record_followers("api-2", [Followed(ONE, (THERE,))])
+        assert await viewers_of(harness) == {THERE}
+
+    async def test_requests_of_one_view_count_once(
+        self, harness: Harness, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def request(process: str) -> int:
+            await harness.store.record_followers(process, [Followed(ONE, (HERE,), requested=True)])
+            return (await harness.other.followers(ONE)).views
+
+        await harness.store.claim(ONE, "api-1")
+        assert [await request("api-1"), await request("api-2"), await request("api-1")] == [1, 1, 1]
+        for adapter in (records_in_memory, records_on_redis):
+            monkeypatch.setattr(adapter, "VIEW_WINDOW", 0.2)
+        await harness.advance_clock(0.3)
+        await harness.store.record_followers("api-1", [Followed(ONE, (HERE,))])
+        assert (await harness.other.followers(ONE)).views == 1
+        assert await request("api-2") == 2
+        assert VIEW_WINDOW == 300
+
+    async def test_a_process_that_does_not_tell_is_noticed(self, harness: Harness) -> None:
+        await harness.store.claim(ONE, "api-1")
+        await harness.store.record_followers("api-1", [Followed(ONE, (HERE,))])
+        await harness.advance_clock(0.05)
+        await harness.store.record_viewers([ONE, TWO])
+        assert (await harness.other.followers(ONE)).untold
+        assert (await harness.other.followers(TWO)).untold
+        await harness.advance_clock(0.05)
+        await harness.store.record_followers("api-1", [Followed(ONE, (HERE,))])
+        assert not (await harness.other.followers(ONE)).untold
+        [age] = await harness.store.last_viewed([ONE])
+        assert age is not None
+        assert age < FOLLOWER_MEMORY
+
+    async def test_what_is_ordered_or_pinned_is_wanted_whole(self, harness: Harness) -> None:
+        for object_id in (ONE, TWO):
+            await harness.store.claim(object_id, "api-1")
+        await harness.store.order_whole(ONE)
+        await harness.store.order_whole(THREE)
+        await harness.store.change_pins(pin=[TWO])
+        await harness.store.record_followers("api-1", [Followed(ONE, (HERE,)), Followed(TWO, (HERE,))])
+        assert (await harness.other.followers(ONE)).whole
+        assert (await harness.other.followers(TWO)).whole
+        await harness.store.change_pins(unpin=[TWO])
+        assert not (await harness.other.followers(TWO)).whole
+        assert await harness.phase(THREE) is None

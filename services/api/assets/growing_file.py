@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from dataclasses import replace
 from enum import Enum, auto
@@ -30,7 +30,7 @@ from distributor_node.shared.adapters.volume import OpenObject, PartialReader, P
 from distributor_node.shared.domain.conditionals import Comparison
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
-from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.ports.state_store import FetchPhase, StateStore
 from distributor_node.shared.waiting import background
 
 _CATCH_UP_LEAD = 256 * 1024
@@ -86,6 +86,9 @@ class PartialFileStreamer:
         self.has_begun = False  # a partial file was seen
         self.want: Callable[[int], None] | None = None
         """Tells the fetch of an offset whose bytes are needed first; None: the fetch reads in order."""
+        self.on_near: Callable[[], None] | None = None
+        """Called when the file ends less than `near` bytes ahead of the client. None: the fetch does not wait."""
+        self.near = 0
         self._wanted_at = -inf  # when it was last told
         self._wanted_since: float | None = None
         self._mismatch_since: float | None = None
@@ -219,6 +222,8 @@ class PartialFileStreamer:
             if state.verified:
                 reader.lock_shared()
             available = state.end_from(position)
+            if self.on_near is not None and available - position <= self.near and not state.verified:
+                self.on_near()
             sendable = sendable_end(span, available, verified=state.verified)
             if sendable <= position:
                 if span.last is None and state.verified:
@@ -273,6 +278,10 @@ class PartialFileStreamer:
         self._poller.observe(state.progress(self._span.first), prefix=state.size)
         if state.extents is not None and self.want is not None:
             return True
+        if self.on_near is not None and self._poller.idle < self._far_range_wait:
+            return (
+                False  # the fetch may have waited for this client, and what it has read before tells nothing
+            )
         missing = bytes_missing(self._span, state.size)
         return bool(missing and state.size) and self._poller.expects_later(missing, self._far_range_wait)
 
@@ -401,6 +410,8 @@ class FetchPoller:
         self._last_size = -1
         self._last_progress = self._last_check = monotonic()
         self._ended = False
+        self.on_parked: Callable[[], Awaitable[None]] | None = None
+        """Called when the fetch was found to be parked: no worker continues it unless a job says so."""
         self.source: str | None = None  # the source of the fetch when it was last looked up
 
     @property
@@ -448,9 +459,12 @@ class FetchPoller:
             object_status = await self._state.find(self._object_id)
         except StateStoreUnavailable:
             return False
-        if object_status.fetch is not None:
-            self.source = object_status.fetch.source or self.source
+        fetch = object_status.fetch
+        if fetch is not None:
+            self.source = fetch.source or self.source
         if object_status.failure is not None:
             return True
+        if fetch is not None and fetch.phase is FetchPhase.PARKED and self.on_parked is not None:
+            await self.on_parked()
         ended_before, self._ended = self._ended, not may_resume(object_status)
         return ended_before and self._ended

@@ -83,7 +83,7 @@ class AssetHandler:
         )
         self._starter = FetchStarter(context.state, context.queue, process_name(), self._is_complete)
         proxy = Proxy(context)
-        pending = PendingResponder(context, self._hit_responder, proxy)
+        pending = PendingResponder(context, self._hit_responder, proxy, self._starter)
         self._revalidator = None
         if context.settings.caching_rules is not None:
             self._revalidator = Revalidator(context, self._starter)
@@ -406,7 +406,9 @@ class MissHandler:
         if claim is None or (not claim.won and claim.status.failure is not None):
             await self._proxy(pending, claim.status.failure if claim is not None else None)
         elif claim.won:
-            await self._pending_responder.respond(replace(pending, outcome=MISS), start.publish_failed)
+            # Bytes of an earlier fetch are sent at once, as those of one that is going on.
+            outcome = MISS if self._partial_representation(media_object.object_id) is None else PENDING
+            await self._pending_responder.respond(replace(pending, outcome=outcome), start.publish_failed)
         else:
             fetch = claim.status.fetch
             source = fetch.source if fetch is not None else None

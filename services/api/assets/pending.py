@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -12,13 +12,14 @@ from time import monotonic
 
 import structlog
 
+from distributor_node.services.api.accesses import Follower
 from distributor_node.services.api.assets.decision import (
     Representation,
     Span,
     is_far,
     is_fetched_ahead,
 )
-from distributor_node.services.api.assets.fetch_start import look_up
+from distributor_node.services.api.assets.fetch_start import FetchStarter, look_up
 from distributor_node.services.api.assets.growing_file import (
     FetchPoller,
     FetchRates,
@@ -67,15 +68,19 @@ class PendingRequest:
     media_object: MediaObject | None = None  # None: not looked up yet, the partial file's record was enough
     source: str | None = None  # the source that the fetch uses
     begun: bool = False  # a worker fetches the object; otherwise its job waits
+    follower: Follower | None = None  # if the object is large, and fetched no faster than it is watched
 
 
 class PendingResponder:
     """Streams from the partial file where that is quick, and proxies otherwise."""
 
-    def __init__(self, context: ApiContext, hit_responder: HitResponder, proxy: Proxy) -> None:
+    def __init__(
+        self, context: ApiContext, hit_responder: HitResponder, proxy: Proxy, starter: FetchStarter
+    ) -> None:
         self._context = context
         self._hit_responder = hit_responder
         self._proxy = proxy
+        self._starter = starter
         self._rates = FetchRates()
 
     async def respond(self, pending: PendingRequest, publish_failed: asyncio.Event | None = None) -> None:
@@ -87,8 +92,33 @@ class PendingResponder:
             )
             return
         first = pending.span.first
-        with self._context.viewers.viewing(representation.object_id, lambda: first + response.sent):
+
+        def position() -> int:
+            return first + response.sent
+
+        viewers, object_id = self._context.viewers, representation.object_id
+        needed_from = first if self._is_fetched_ahead(pending) else 0
+        with ExitStack() as stack:
+            stack.enter_context(viewers.viewing(object_id, position))
+            if self._is_windowed(representation):
+                follower = stack.enter_context(viewers.requesting(object_id, needed_from, position))
+                pending = replace(pending, follower=follower)
             await self._respond(pending, publish_failed or asyncio.Event())
+
+    def _is_windowed(self, representation: Representation) -> bool:
+        """Whether the object's fetch may wait for its viewers."""
+        fetch, size = self._context.settings.fetch, representation.size
+        hashed = representation.content_hash is not None
+        return hashed and fetch.window is not None and size is not None and size > fetch.window_above
+
+    def _is_fetched_ahead(self, pending: PendingRequest) -> bool:
+        """Whether the fetch may bring the response's first bytes before those in front of them."""
+        settings = self._context.settings
+        return (
+            settings.fetch.side_streams > 0
+            and pending.representation.content_hash is not None
+            and is_fetched_ahead(pending.span, settings.public_api.far_range_distance)
+        )
 
     async def _respond(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:
         response, representation = pending.response, pending.representation
@@ -99,6 +129,8 @@ class PendingResponder:
             if response.started:
                 raise AbortResponse("object_unreadable") from error
         if not response.started:
+            if pending.follower is not None:
+                self._context.viewers.follow(pending.follower, False)
             await self.proxy(replace(pending, outcome=BYPASS) if publish_failed.is_set() else pending)
 
     async def proxy(self, pending: PendingRequest) -> bool | None:
@@ -117,6 +149,8 @@ class PendingResponder:
         far = is_far(span.first, streamer.on_disk(), settings.far_range_distance)
         if far and streamer.want is None:
             return
+        if pending.follower is not None:
+            self._context.viewers.follow(pending.follower)
         # Counted from the request's arrival: a slow look-up leaves less to wait for.
         arrived_at = monotonic() - pending.response.request_age
         shortest = min(settings.first_byte_wait, _SHORTEST_WAIT)
@@ -246,6 +280,20 @@ class PendingResponder:
         failure = HttpError(503, "The object has just changed", "unavailable", {"Retry-After": "1"})
         raise OutdatedDescription(media_object, failure)
 
+    async def _start_again(self, pending: PendingRequest) -> None:
+        """Publish another job for a fetch that has ended for lack of viewers, just before this one came.
+
+        Whatever fails, the response goes on as with a fetch that is stalled.
+        """
+        if self._context.operator_state.current.draining:
+            return
+        try:
+            media_object = pending.media_object or await self._look_up_matching(pending)
+        except (HttpError, OutdatedDescription):
+            return
+        response = pending.response
+        await self._starter.start(media_object, response.request_id, for_peer=response.hop is not None)
+
     def _streamer(self, pending: PendingRequest) -> PartialFileStreamer:
         context, object_id = self._context, pending.representation.object_id
         poller = FetchPoller(object_id, context.state, context.fetch_events, self._rates)
@@ -258,12 +306,10 @@ class PendingResponder:
             stall_timeout=context.settings.fetch.lease + _RESUME_GRACE,
             far_range_wait=context.settings.public_api.far_range_wait,
         )
-        settings = context.settings
-        known = pending.representation.content_hash is not None
-        if (
-            settings.fetch.side_streams
-            and known
-            and is_fetched_ahead(pending.span, settings.public_api.far_range_distance)
-        ):
+        if self._is_fetched_ahead(pending):
             streamer.want = partial(context.viewers.want, object_id)
+        if pending.follower is not None:
+            streamer.on_near = partial(context.viewers.come_near, pending.follower)
+            streamer.near = (context.settings.fetch.window or 0) // 2
+            poller.on_parked = partial(self._start_again, pending)
         return streamer

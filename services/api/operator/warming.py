@@ -192,8 +192,8 @@ class CacheWarmer:
         progress.now = replace(progress.now, reason="")
         return outcome
 
-    async def _fetch(self, object_id: ObjectId, request_id: str) -> str:
-        """Return `done`, `skipped` or `failed`."""
+    async def _fetch(self, object_id: ObjectId, request_id: str) -> str | None:
+        """Return `done`, `skipped` or `failed`. None: a fetch has ended for lack of clients, another one is needed."""
         state = self._context.state
         if await self._is_cached(object_id):
             return "skipped"
@@ -211,6 +211,8 @@ class CacheWarmer:
             await state.mark_queued(object_id, self._holder)
         elif claim.status.failure is not None:
             return "failed"
+        else:
+            await state.order_whole(object_id)  # clients have started its fetch, which may wait for them
         return await self._wait_until_done(known)
 
     async def _known(self, object_id: ObjectId) -> MediaObject | None:
@@ -222,7 +224,7 @@ class CacheWarmer:
                 await asyncio.sleep(_LISTING_RETRY_DELAY)
         return await self._context.catalog.look_up(object_id)
 
-    async def _wait_until_done(self, known: MediaObject) -> str:
+    async def _wait_until_done(self, known: MediaObject) -> str | None:
         last_live_at = time.monotonic()
         while True:
             await self._context.fetch_events.wait(known.object_id, REPORT_INTERVAL)
@@ -235,6 +237,8 @@ class CacheWarmer:
                 return "failed"
             elif not await self._has_room(known):
                 return "skipped"
+            elif object_status.fetch is not None and object_status.fetch.age >= REPORT_INTERVAL:
+                return None
             elif time.monotonic() - last_live_at > self._fetch_timeout:
                 return "failed"
 

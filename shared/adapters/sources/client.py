@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from typing import Literal, Self
 
 import httpx
@@ -26,6 +27,7 @@ from distributor_node.shared.domain.conditionals import (
 )
 from distributor_node.shared.domain.errors import (
     InvalidInput,
+    SourceClosed,
     SourceEncoded,
     SourceError,
     SourceIgnoresRange,
@@ -41,6 +43,9 @@ from distributor_node.shared.domain.urls import parse_source_url
 
 MAX_SKIP = 6 * 1024 * 1024
 """If a source ignores ranges, at most so many bytes are read and skipped to reach the range."""
+
+PAUSE = 0.25
+"""Seconds between two reads of a body from which on the reader has paused: a source may close the connection then."""
 
 MAX_WIDENED = MAX_SKIP + 64 * 1024
 """If a source ignores a small range, at most so many bytes are read instead of it."""
@@ -314,6 +319,8 @@ class SourceClient:
                         attempt.first_byte or 0.0,
                         plan.encoding,
                     )
+        except SourceClosed:
+            raise
         except SourceError as error:
             attempt.failure = error.reason
             raise
@@ -381,6 +388,8 @@ class _Attempt:
 
 # Seconds that a body may take to end after its last expected byte. After that, it counts as complete.
 _END_TIMEOUT = 1.0
+# Seconds of waiting for a source after a pause, from which on it is not the pause that it closes the connection for.
+_AFTER_PAUSE = 1.0
 # Bytes from which a body is read directly from the connection, which cannot be reused after that.
 _MIN_RAW_BODY = 8 * 1024 * 1024
 
@@ -403,12 +412,15 @@ class CheckedBody:
         self._minimum_rate = minimum_rate
         self._clock = clock
         self._count, self._counted = count, 0
+        self._returned_at: float | None = None  # when the reader got the last bytes
+        self._waited_since_pause = inf  # seconds
         self.received = 0
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """Yield exactly the planned bytes.
 
-        Raises SourceUnreachable for too few bytes, SourceWrong for too many, and SourceTooSlow.
+        Raises SourceUnreachable for too few bytes (SourceClosed where the reader had paused), SourceWrong for too many,
+        and SourceTooSlow.
         """
         try:
             async for chunk in self._planned():
@@ -425,7 +437,8 @@ class CheckedBody:
             chunk = await self._next(self._minimum_rate.time_left)
             if chunk is None:
                 if length is not None:
-                    raise SourceUnreachable(f"body ended after {sent} of {length} bytes")
+                    kind = SourceUnreachable if self._waited_since_pause >= _AFTER_PAUSE else SourceClosed
+                    raise kind(f"body ended after {sent} of {length} bytes")
                 return
             if skip:
                 skipped = min(skip, len(chunk))
@@ -455,6 +468,19 @@ class CheckedBody:
         if timeout <= 0:
             raise SourceTooSlow(f"below the minimum rate, after {self.received} bytes")
         started = self._clock()
+        if self._returned_at is not None and started - self._returned_at >= PAUSE:
+            self._waited_since_pause = 0.0
+        try:
+            return await self._receive(timeout, started)
+        except SourceUnreachable as error:
+            if self._waited_since_pause >= _AFTER_PAUSE:
+                raise
+            raise SourceClosed(f"closed while not read, after {self.received} bytes") from error
+        finally:
+            self._returned_at = self._clock()
+            self._waited_since_pause += self._returned_at - started
+
+    async def _receive(self, timeout: float, started: float) -> bytes | None:
         try:
             with map_http_errors():
                 async with asyncio.timeout(timeout):

@@ -13,6 +13,7 @@ import structlog
 from distributor_node.shared.adapters.peers import Hop, Peers, count_hop
 from distributor_node.shared.adapters.sources.client import (
     NOTHING_EXPECTED,
+    PAUSE,
     Expected,
     SourceAnswer,
     SourceClient,
@@ -23,6 +24,7 @@ from distributor_node.shared.domain.conditionals import ByteRange, Version
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     NotStorable,
+    SourceClosed,
     SourceEncoded,
     SourceError,
     SourceOutpaced,
@@ -39,6 +41,9 @@ from distributor_node.shared.observability import tracing
 
 OnSource = Callable[[str, SourceResponse], None]
 """Called for each source, with its URL, after its response has begun and before its first byte is yielded."""
+
+_MIN_WAIT = 0.002
+"""Seconds of waiting for bytes that show that they were not in a buffer of this machine."""
 
 _OPEN_END = 10**15  # beyond the end of any object; used only if the size is unknown
 
@@ -125,6 +130,13 @@ class FailoverReader:
                         yield chunk
                 self._health.record_success(url)
                 return
+            except SourceClosed as error:
+                # Only after a pause of ours, so this does not happen again and again.
+                if not span.can_continue:
+                    rotation.record_failure_of(url, error, sent_bytes=True)
+                    break
+                logger.debug("source_closed", source=source_name(url), at=span.position)
+                rotation.repeat(url)
             except SourceOutpaced as error:
                 rotation.record_outpaced(url, error, by=self._health.best_rate(rotation.others_than(url))[1])
                 logger.info("source_outpaced", source=source_name(url), detail=str(error), at=span.position)
@@ -194,8 +206,13 @@ class FailoverReader:
                     on_source(url, response)
                 span.widen(response)
                 began_at, waiting_since = span.position, self._clock()
+                buffered = (
+                    False  # what comes was sent while it was not read, and says nothing of the source's rate
+                )
                 async for data in response.chunks:
-                    rate = sampler.add(self._clock() - waiting_since, len(data))
+                    waited = self._clock() - waiting_since
+                    buffered = buffered and waited < _MIN_WAIT
+                    rate = None if buffered else sampler.add(waited, len(data))
                     if span.position == began_at:
                         traced.event("first_byte")
                     span.begin(response)
@@ -208,7 +225,8 @@ class FailoverReader:
                             raise SourceOutpaced(
                                 f"{rate:.0f} bytes a second, {best_other:.0f} expected of another"
                             )
-                    waiting_since = self._clock()
+                    returned_at, waiting_since = waiting_since + waited, self._clock()
+                    buffered = buffered or waiting_since - returned_at >= PAUSE
                 if sampler.mean is not None:
                     self._health.record_rate(url, sampler.mean)
 
@@ -332,6 +350,10 @@ class _Rotation:
     def others_than(self, url: str) -> Sequence[str]:
         """Return the sources that can continue in place of this one. In the second round none does."""
         return [other for other, _ in self._waiting if other != url] if self._round == 1 else []
+
+    def repeat(self, url: str) -> None:
+        """The source has its turn once more."""
+        self._waiting.appendleft((url, self._round))
 
     def record_outpaced(self, url: str, error: SourceError, by: str | None) -> None:
         """The source gets a second turn if the others fail. `by`: the next one to ask."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 
 from distributor_node.shared.adapters.state_common import AnnouncementQueue, StateTimeouts
-from distributor_node.shared.adapters.state_memory.tables import FetchRow, Tables
+from distributor_node.shared.adapters.state_memory.tables import NOT_FOLLOWED, FetchRow, Tables
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
@@ -28,6 +28,8 @@ from distributor_node.shared.ports.state_store import (
     FailureCause,
     Fetch,
     FetchPhase,
+    Followed,
+    Followers,
     Granted,
     HeldElsewhere,
     IndexEntry,
@@ -116,6 +118,7 @@ class MemoryStateStore:
             views=tables.rows[object_id].views if parked else 0,
             last_access=tables.rows[object_id].last_access if parked else 0.0,
             priority=tables.rows[object_id].priority if parked else 0.0,
+            following=tables.rows[object_id].following if parked else NOT_FOLLOWED,
         )
         return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=serial)
 
@@ -202,6 +205,7 @@ class MemoryStateStore:
             views=row.views if row else 0,
             last_access=row.last_access if row else 0.0,
             priority=row.priority if row else 0.0,
+            following=row.following if row else NOT_FOLLOWED,
         )
         tables.reserved += more
         tables.space_requests.pop(object_id, None)
@@ -337,6 +341,20 @@ class MemoryStateStore:
 
     async def wanted_positions(self, object_ids: Sequence[ObjectId]) -> Sequence[Sequence[int]]:
         return [self._tables.wanted_positions(object_id) for object_id in object_ids]
+
+    async def record_followers(self, process: str, followed: Sequence[Followed]) -> None:
+        await self.record_viewers([one.object_id for one in followed])
+        for one in followed:
+            self._tables.record_followers(process, one)
+
+    async def followers(self, object_id: ObjectId) -> Followers:
+        return self._tables.followers(object_id)
+
+    async def order_whole(self, object_id: ObjectId) -> None:
+        row = self._tables.rows.get(object_id)
+        if row is not None:
+            following = replace(row.following, whole=True)
+            self._tables.rows[object_id] = replace(row, following=following)
 
     # Reports of processes
 

@@ -14,8 +14,15 @@ from distributor_node.shared.adapters.state_common import (
 )
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, Warming
-from distributor_node.shared.domain.space import AdmissionQuestion, SecondHitAdmission, footprint
+from distributor_node.shared.domain.space import (
+    VIEW_WINDOW,
+    AdmissionQuestion,
+    SecondHitAdmission,
+    Viewer,
+    footprint,
+)
 from distributor_node.shared.ports.state_store import (
+    FOLLOWER_MEMORY,
     MAX_WANTED,
     WANTED_MEMORY,
     Access,
@@ -24,6 +31,8 @@ from distributor_node.shared.ports.state_store import (
     FailureCause,
     Fetch,
     FetchPhase,
+    Followed,
+    Followers,
     IndexEntry,
     Lease,
     ObjectStatus,
@@ -32,6 +41,34 @@ from distributor_node.shared.ports.state_store import (
     Topic,
     WorkerReport,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """Who reads an object that is being fetched. Times are those of the store's clock."""
+
+    views: int = 0  # that began since the first request
+    began: float = 0.0  # when the last of them did
+    whole: bool = False  # all of the object was ordered
+    told_at: float = 0.0  # when a process last told of its clients
+    clients: tuple[tuple[str, float, tuple[Viewer, ...]], ...] = ()  # process, when it told of them
+
+    def recent(self, now: float) -> tuple[tuple[str, float, tuple[Viewer, ...]], ...]:
+        return tuple(known for known in self.clients if 0 <= now - known[1] < FOLLOWER_MEMORY)
+
+    def with_report(self, process: str, followed: Followed, now: float) -> Following:
+        begins = followed.requested and (not self.views or abs(now - self.began) >= VIEW_WINDOW)
+        others = tuple(known for known in self.recent(now) if known[0] != process)
+        return replace(
+            self,
+            views=self.views + begins,
+            began=now if begins else self.began,
+            told_at=now,
+            clients=(*others, (process, now, followed.viewers)),
+        )
+
+
+NOT_FOLLOWED = Following()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +93,7 @@ class FetchRow:
     views: int = 0  # of the partial object, with the next two: see Fetch
     last_access: float = 0.0
     priority: float = 0.0
+    following: Following = NOT_FOLLOWED
 
     @property
     def held_size(self) -> int:
@@ -125,6 +163,23 @@ class Tables:
     def wanted_positions(self, object_id: ObjectId) -> Sequence[int]:
         known, now = self.wanted.get(object_id, {}), self.clock()
         return sorted(position for position, at in known.items() if now - at < WANTED_MEMORY)
+
+    def record_followers(self, process: str, followed: Followed) -> None:
+        row = self.rows.get(followed.object_id)
+        if row is not None:
+            following = row.following.with_report(process, followed, self.clock())
+            self.rows[followed.object_id] = replace(row, following=following)
+
+    def followers(self, object_id: ObjectId) -> Followers:
+        row, now = self.rows.get(object_id), self.clock()
+        following, viewed = row.following if row else NOT_FOLLOWED, self.viewed.get(object_id, 0.0)
+        return Followers(
+            tuple(viewer for _, _, viewers in following.recent(now) for viewer in viewers),
+            following.views,
+            following.whole or object_id in self.pins,
+            told=following.told_at > 0,
+            untold=viewed > following.told_at and now - viewed < FOLLOWER_MEMORY,
+        )
 
     def next_serial(self) -> int:
         self.serial += 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from distributor_node.shared.domain.eviction.policy import PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import Viewer
 from distributor_node.shared.ports.state_store import (
     ACCESS_TIME_RESOLUTION,
     Access,
@@ -18,6 +19,8 @@ from distributor_node.shared.ports.state_store import (
     FailureCause,
     Fetch,
     FetchPhase,
+    Followed,
+    Followers,
     IndexEntry,
     ObjectStatus,
     PolicyState,
@@ -196,6 +199,19 @@ def read_object_status(object_id: ObjectId, reply: Sequence[Any]) -> ObjectStatu
     return ObjectStatus(
         fetch=read_fetch(object_id, shown) if shown else None,
         failure=read_failure(reason, max(0, left) / 1000) if reason else None,
+    )
+
+
+def pack_followed(followed: Followed) -> tuple[str | int, ...]:
+    """The arguments of the script for one object."""
+    offsets = (offset for viewer in followed.viewers for offset in (viewer.first, viewer.position))
+    return followed.object_id, int(followed.requested), len(followed.viewers), *offsets
+
+
+def read_followers(reply: Sequence[Any]) -> Followers:
+    views, whole, told, untold, offsets = reply
+    return Followers(
+        tuple(map(Viewer, offsets[::2], offsets[1::2])), views, bool(whole), bool(told), bool(untold)
     )
 
 

@@ -19,10 +19,12 @@ from distributor_node.shared.adapters.state_redis.records import (
     pack_announcement,
     pack_basis,
     pack_failure,
+    pack_followed,
     pack_worker,
     read_accesses,
     read_entry,
     read_fetch,
+    read_followers,
     read_object_status,
     read_policy_state,
     read_server_stats,
@@ -40,8 +42,9 @@ from distributor_node.shared.domain.operator_state import (
     encode_operator_state,
     encode_warming,
 )
-from distributor_node.shared.domain.space import MAX_FIRST_VIEWS, AdmissionQuestion, Usage
+from distributor_node.shared.domain.space import MAX_FIRST_VIEWS, VIEW_WINDOW, AdmissionQuestion, Usage
 from distributor_node.shared.ports.state_store import (
+    FOLLOWER_MEMORY,
     MAX_VIEWED,
     MAX_WANTED,
     VIEWER_MEMORY,
@@ -53,6 +56,8 @@ from distributor_node.shared.ports.state_store import (
     Claim,
     FailureCause,
     Fetch,
+    Followed,
+    Followers,
     Granted,
     HeldElsewhere,
     IndexEntry,
@@ -291,6 +296,27 @@ class RedisStateStore:
                 for positions in await self._connection.run_on("wanted_positions", keys, "", memory)
             ]
         return found
+
+    async def record_followers(self, process: str, followed: Sequence[Followed]) -> None:
+        if followed:
+            keys = self._connection.keys
+            limits = (milliseconds(FOLLOWER_MEMORY), milliseconds(VIEW_WINDOW), MAX_VIEWED)
+            await self._connection.run_on(
+                "record_followers",
+                (*keys.all_for(""), keys.viewed),
+                "",
+                process,
+                *limits,
+                *(value for one in followed for value in pack_followed(one)),
+            )
+
+    async def followers(self, object_id: ObjectId) -> Followers:
+        keys, memory = self._connection.keys, milliseconds(FOLLOWER_MEMORY)
+        given = (*keys.all_for(object_id), keys.viewed)
+        return read_followers(await self._connection.run_on("followers", given, object_id, memory))
+
+    async def order_whole(self, object_id: ObjectId) -> None:
+        await self._connection.run("order_whole", object_id)
 
     # Reports of processes
 

@@ -284,6 +284,18 @@ class PartialFile:
         """Record how many bytes are reserved, likewise, or the length once it is known (not `growing`)."""
         self._update_record(replace(self.record, size=size, growing=growing))
 
+    def sync(self) -> None:
+        """Make what was written survive a power cut. Blocking: it waits for the disk several times."""
+        with map_os_errors(f"sync the partial file of {self.record.object_id}"):
+            os.fdatasync(self._descriptor)
+            self._update_sidecar()
+            sidecar = os.open(self._sidecar_name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self._incoming)
+            try:
+                os.fdatasync(sidecar)
+            finally:
+                os.close(sidecar)
+            os.fsync(self._incoming)
+
     def write_sidecar(self) -> None:
         """Write what has been recorded. Needed only if no byte follows."""
         with map_os_errors(f"write the sidecar of {self.record.object_id}"):

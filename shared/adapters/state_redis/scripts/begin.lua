@@ -27,7 +27,8 @@ add('reserved', more)
 write_fetch({phase = 'fetching', reserved = true, size = size, token = token, ends = now + tonumber(ARGV[6]),
              since = now, worker = worker, source = '', held = held > size and held or nil, job = job,
              trace = ARGV[9] ~= '' and ARGV[9] or fetch and fetch.trace, views = fetch and fetch.views,
-             last_access = fetch and fetch.last_access, priority = fetch and fetch.priority})
+             last_access = fetch and fetch.last_access, priority = fetch and fetch.priority,
+             following = fetch and fetch.following})
 redis.call('HDEL', wishes, object_id)
 announce('fetch_changed')
 return {'granted', token, resumed and 1 or 0, held - size}

@@ -53,5 +53,6 @@ write_fetch({phase = 'claimed', reserved = parked or false, size = parked and fe
              ends = now + tonumber(ARGV[5]), since = now, worker = ARGV[4], source = '',
              held = parked and fetch.held or nil, job = serial, trace = ARGV[8], whole = parked and fetch.whole or nil,
              views = parked and fetch.views or 0, last_access = parked and fetch.last_access or 0,
-             priority = parked and fetch.priority or 0})
+             priority = parked and fetch.priority or 0,
+             following = parked and fetch.following or nil})
 return serial

@@ -84,7 +84,7 @@ end
 -- larger before; nil otherwise. `job`: serial of the claim whose job is carried out, 0 if there is none. `trace`: see
 -- Fetch; versions before it neither write nor keep it. `whole`: bytes of the object where it was parked with fewer, nil
 -- otherwise. `size` is what was kept then: a version that knows no `whole` counts it right, and claims the rest in `begin`.
--- `following`: kept as it was found. `views`, `last_access`, `priority`: see Fetch. `written`: when the phase was written. Nil if it cannot be read
+-- `following`: who reads the object, see `following_of`. `views`, `last_access`, `priority`: see Fetch. `written`: when the phase was written. Nil if it cannot be read
 local function unpack_fetch(packed)
   local readable, fields = pcall(cmsgpack.unpack, packed)
   if not readable or type(fields) ~= 'table' or type(fields[5]) ~= 'number' then return nil end
@@ -92,7 +92,7 @@ local function unpack_fetch(packed)
         last_access, priority = unpack(fields)
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
                  worker = worker, source = source, lasts = lasts, held = held ~= 0 and held or nil,
-                 job = job or 0, trace = trace or '', following = following or 0,
+                 job = job or 0, trace = trace or '', following = type(following) == 'table' and following or nil,
                  whole = whole ~= 0 and whole or nil, views = views or 0, last_access = last_access or 0,
                  priority = priority or 0, written = since, standing = phase}
   if lasts and ends > now + lasts then fetch.ends, fetch.outdated = now + lasts, true end
@@ -120,6 +120,17 @@ local function read_fetch(id)
   if not fetch and redis.call('HEXISTS', fetches, id or object_id) == 1 then drop(fetches, id or object_id) end
   if fetch and fetch.outdated then write_fetch(fetch, id) end
   return fetch
+end
+
+-- views (that began since the first request; 0: not told), when the last one began, 1 if all of the object was ordered,
+-- when a process last told of its clients, and for each process with clients: its name, when it told of them, and for each
+-- the first byte that it needs and the next one that it has not got
+local function following_of(fetch) return fetch.following or {0, 0, 0, 0, {}} end
+
+-- Writes what was read, whatever has expired since: a queue mark goes on counting from when it was written
+local function rewrite_following(fetch, following, id)
+  fetch.following, fetch.since = following, fetch.written
+  write_fetch(fetch, id)
 end
 
 -- Bytes of the object that the fetch has reserved, without its record
