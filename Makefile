@@ -23,6 +23,8 @@ define tests
 @code=0; $(PYTEST) $(2) $(1) || code=$$?; \
 case $$code in 0|5) ;; 1) echo "--- failed tests once more, by themselves ---"; $(PYTEST) --last-failed --last-failed-no-failures none $(1) ;; *) exit $$code ;; esac
 endef
+# The files with tests that run by themselves: the others need not be imported for them.
+ALONE = $(shell grep --recursive --files-with-matches --include='test_*.py' 'mark\.alone' tests)
 # Modules that print an OpenAPI document, each with its document beside it.
 OPENAPI := services/api/openapi services/api/operator/openapi
 ARGS ?=
@@ -119,7 +121,7 @@ reference: setup ## write docs/configuration.md, docs/settings.schema.json, both
 .PHONY: test
 test: setup servers ## all tests but those of Docker and chaos, against real Redis and RabbitMQ
 	$(call tests,-m "not docker and not chaos and not alone" $(ARGS),$(SIDE_BY_SIDE))
-	$(call tests,-m "alone and not docker and not chaos" $(ARGS))
+	$(call tests,-m "alone and not docker and not chaos" $(or $(ARGS),$(ALONE)))
 
 .PHONY: test-unit
 test-unit: setup ## the quick tests: unit and contract

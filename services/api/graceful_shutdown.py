@@ -35,7 +35,7 @@ async def drain_accept_queue(
     accepted_count: Callable[[], int],
     seconds: float,
     quiet_period: float = QUIET_PERIOD,
-    tables: Iterable[Path] = PROC_NET_TCP,
+    tables: Iterable[Path] | None = None,
 ) -> None:
     """Wait until no connection to `listener` is queued or half-open, at most `seconds`. Close it right afterwards.
 
@@ -49,17 +49,20 @@ async def drain_accept_queue(
     Where step 1 is impossible, wait for the queue only. Later connections may then be reset.
     `accepted_count` returns the number of connections that the loop has accepted so far.
     """
-    tables = tuple(tables)
+    tables = _tables_of(listener) if tables is None else tuple(tables)
     refusing = _refuse_new_syns(listener)
     quiet_period = quiet_period if refusing else 0.0
     interval, count_before = _MIN_INTERVAL, accepted_count()
     quiet_since = started = time.monotonic()
     while True:
-        pending = _has_backlog(listener) or (refusing and _has_syn_recv(listener, tables))
+        quiet = time.monotonic() - quiet_since >= quiet_period
+        # Half-open connections are looked for at the end, since for that the kernel goes through the connections of all
+        # processes. One that completes after this look is found in the queue.
+        pending = (quiet and refusing and _has_syn_recv(listener, tables)) or _has_backlog(listener)
         now = time.monotonic()
         if pending or accepted_count() != count_before:
             quiet_since, count_before = now, accepted_count()
-        if not pending and now - quiet_since >= quiet_period:
+        if quiet and not pending and now - quiet_since >= quiet_period:
             return
         if now - started >= seconds:
             return
@@ -83,6 +86,11 @@ def _has_backlog(listener: socket.socket) -> bool:
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def _tables_of(listener: socket.socket) -> tuple[Path, ...]:
+    """Return the tables that may have its connections. A listener of IPv6 may have clients of both kinds."""
+    return PROC_NET_TCP[:1] if listener.family == socket.AF_INET else PROC_NET_TCP
 
 
 def _has_syn_recv(listener: socket.socket, tables: Iterable[Path]) -> bool:

@@ -105,6 +105,10 @@ def public_path(route: Route) -> str:
 class ApiApplication(Sanic):  # type: ignore[type-arg]
     """Sanic with one place where each request is counted, logged and ended."""
 
+    def _determine_error_format(self, handler: Any) -> str:
+        """Sanic parses the source of each handler for it. JsonErrorHandler renders all errors."""
+        return "json"
+
     async def handle_request(self, request: Request) -> None:
         record = request_record(request)
         structlog.contextvars.bind_contextvars(request_id=record.request_id)

@@ -157,6 +157,7 @@ async def chaos_harness(
             prefix,
         )
         stack.environment |= SETTINGS
+        stack.executed = True
         opened.callback(stack.kill_all)
         yield ChaosHarness(
             stack, first, second, redis, rabbit, to_redis, to_rabbit, to_first, to_second, prefix

@@ -83,6 +83,7 @@ async def node_beside_hostile_source(folder: Path) -> AsyncIterator[Stack]:
         hostile = await resources.enter_async_context(_source("-c", SOURCE))
         stack = Stack(folder, "memory://", "memory://", "hostile")
         resources.callback(stack.kill_all)
+        stack.executed = True
         objects = [_entry(HIT, own), _entry(LARGE, own), _entry(TINY, hostile), _entry(INTERIM, hostile)]
         stack.manifest.write_text(json.dumps({"version": 1, "objects": objects}))
         node = stack.add(

@@ -18,6 +18,7 @@ from typing import Any
 from distributor_node.services.demo.manifest import content_hash
 from distributor_node.services.demo.objects import DemoObject
 from tests.end_to_end.client import Answer, get
+from tests.end_to_end.preloaded import PreloadedProcess
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
@@ -30,7 +31,10 @@ _UNKNOWN_TO_FORMER = ("DISTRIBUTOR_DASHBOARD__PORT",)
 
 @dataclass(slots=True)
 class ServiceProcess:
-    """One `distributor …` process; its log is in `log`."""
+    """One `distributor …` process; its log is in `log`.
+
+    It is forked from one that has imported the libraries, unless it is of another version or `executed`.
+    """
 
     name: str
     arguments: Sequence[str]
@@ -38,10 +42,14 @@ class ServiceProcess:
     log: Path
     health_url: str
     release: Path | None = None  # the code of another version; None: this one
-    process: subprocess.Popen[bytes] | None = field(default=None)
+    executed: bool = False  # by `python -m`, for tests that measure a process
+    process: subprocess.Popen[bytes] | PreloadedProcess | None = field(default=None)
 
     def start(self) -> None:
         environment = {**os.environ, **self.environment}
+        if self.release is None and not self.executed:
+            self.process = PreloadedProcess(self.arguments, environment, self.log)
+            return
         if self.release is not None:
             environment["PYTHONPATH"] = str(self.release)
             for name in _UNKNOWN_TO_FORMER:
@@ -82,6 +90,7 @@ class ServiceProcess:
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()  # it may have been forked a moment ago, and not have its own group yet
             self.process.wait(10)
 
     async def stop(self, timeout: float = 90.0) -> int:
@@ -103,6 +112,7 @@ class Stack:
         self.manifest = folder / "manifest.json"
         self.config: Path | None = None
         self.release: Path | None = None  # of the processes that are started from now on; None: this one
+        self.executed = False  # likewise: whether each imports everything by itself
         self.port = free_port()
         self.processes: list[ServiceProcess] = []
         self.environment: dict[str, str] = {
@@ -139,6 +149,7 @@ class Stack:
             log=self.folder / f"{name}.log",
             health_url=f"http://127.0.0.1:{metrics_port}",
             release=self.release,
+            executed=self.executed,
         )
         process.start()
         self.processes.append(process)

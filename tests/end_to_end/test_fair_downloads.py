@@ -51,7 +51,7 @@ async def test_a_slow_first_source_keeps_no_object_out(stack: Stack, node: Stora
     objects = [generated_object(film, FILM) for film in FILMS]
     async with StorageNode(objects).run() as second:
         # Nothing but its rate speaks against the first one, however busy the machine is.
-        second.faults.add(Fault(latency_before_headers=1.5), Match(endpoint="files", method="HEAD"))
+        second.faults.add(Fault(latency_before_headers=1.5), Match(endpoint="version"))
         stack.write_manifest(objects, [node.object_url(""), second.object_url("")])
         await stack.up(fetchers=2, workers=2)
         asking = [asyncio.create_task(get(stack.url(film), timeout=90)) for film in FILMS]

@@ -223,6 +223,11 @@ class AssetsHarness:
     async def jobs(self) -> int:
         return (await self.queue.depth()).ready
 
+    async def waiting(self, object_id: str) -> int:
+        """Requests that wait for bytes of the object, or are being sent them as they come."""
+        viewers = (await self.context.viewers.positions(watched=True)).get("viewers", {})
+        return len(viewers.get(object_id, ()))
+
     def open_files(self) -> int:
         """Files of the volume (objects and partial files) that this process has open."""
         root, found = str(self.volume.root), 0

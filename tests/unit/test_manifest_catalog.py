@@ -195,13 +195,13 @@ async def test_the_same_size_and_another_time_is_a_change(path: Path) -> None:
     await catalog.close()
 
 
-async def test_a_hundred_thousand_objects_load_in_seconds(tmp_path: Path) -> None:
+async def test_twenty_thousand_objects_load_in_seconds(tmp_path: Path) -> None:
     path = tmp_path / "large.yaml"
     entry = '  - {{id: "{0}", size: {0}, media_type: image/png, bucket: "0:{1}"}}\n'
-    path.write_text(HEAD + "".join(entry.format(number, number % 7) for number in range(100_000)))
+    path.write_text(HEAD + "".join(entry.format(number, number % 7) for number in range(20_000)))
     catalog = ManifestCatalog(path)
     started = time.process_time()
     await catalog.open()
-    assert time.process_time() - started < 20  # 3 s on an idle core
+    assert time.process_time() - started < 10  # 0.6 s on an idle core
     assert len(await catalog.bucket_ids()) == 7
     await catalog.close()
