@@ -250,26 +250,27 @@ def _head(snapshot: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _sentence(said: Mapping[str, float]) -> str:
-    from distributor_node.shared.settings.sizes import counted
+    from distributor_node.shared.settings.sizes import plural
 
     requests = said["hit"] + said["pending"] + said["miss"]
     if not requests:
         return "no requests"
     served = size(said["local"] + said["external"])
-    return f"served {served}, fetched {size(said['fetched'])}: {said['hit']:.0f} of {counted(requests, 'request')} from disk"
+    asked = plural(requests, "request")
+    return f"served {served}, fetched {size(said['fetched'])}: {said['hit']:.0f} of {asked} from disk"
 
 
 def _volume(volume: Mapping[str, Any]) -> list[RenderableType]:
     from rich.text import Text
 
-    from distributor_node.shared.settings.sizes import counted
+    from distributor_node.shared.settings.sizes import plural
 
     limit = max(1, volume["limit"])
     used, reserved = (round(_BAR_WIDTH * volume[name] / limit) for name in ("used", "reserved"))
     bar = Text.assemble(
         ("█" * used, "blue"), ("▒" * reserved, "blue"), ("░" * max(0, _BAR_WIDTH - used - reserved), "dim")
     )
-    objects = f"{size(volume['used'])} in {counted(volume['objects'], 'object')}"
+    objects = f"{size(volume['used'])} in {plural(volume['objects'], 'object')}"
     words = f"  {objects}, {size(volume['reserved'])} reserved, of {size(limit)}"
     return [_heading("Volume"), bar.append(words, "default")]
 

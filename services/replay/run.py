@@ -25,7 +25,7 @@ from distributor_node.services.replay.scenarios import (
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import AUTO_COST
 from distributor_node.shared.domain.eviction.simulator import Outcome, WindowRules
-from distributor_node.shared.settings.sizes import counted, format_size
+from distributor_node.shared.settings.sizes import format_size, plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def replay(request: ReplayRequest, progress_to: Console) -> str:
         own, results, windowed = _try_all(request, recording, progress)
     if request.picture is not None:
         request.picture.write_text(
-            render_chart(results, f"Replay of {counted(len(recording), 'request')}"), encoding="utf-8"
+            render_chart(results, f"Replay of {plural(len(recording), 'request')}"), encoding="utf-8"
         )
     report = Report(recording, counts, own, results, windowed, request.window)
     return json.dumps(report.document(), indent=2) + "\n" if request.as_json else report.text()
@@ -136,9 +136,9 @@ def _default_of(settings: Sequence[Setting]) -> Setting | None:
 
 def _about(recording: Recording, counts: LinesRead) -> list[str]:
     lines = [
-        f"{counted(len(recording), 'request')} for {counted(recording.objects, 'object')}"
+        f"{plural(len(recording), 'request')} for {plural(recording.objects, 'object')}"
         f" ({recording.footprint / 1024**3:.1f} GiB) in {recording.days:.1f} days;"
-        f" {counted(counts.other, 'other line')}, {counts.unreadable} unreadable"
+        f" {plural(counts.other, 'other line')}, {counts.unreadable} unreadable"
         + (f", {counts.not_sampled} not in the sample." if counts.not_sampled else ".")
     ]
     if counts.first_unreadable:
@@ -148,9 +148,7 @@ def _about(recording: Recording, counts: LinesRead) -> list[str]:
         have, bounds = (
             ("has", "its size is a lower bound") if guessed == 1 else ("have", "their sizes are lower bounds")
         )
-        lines.append(
-            f"{counted(guessed, 'object')} {have} only partial responses, so {bounds} (see --sizes)."
-        )
+        lines.append(f"{plural(guessed, 'object')} {have} only partial responses, so {bounds} (see --sizes).")
     if recording.logged_hit_ratio is not None:
         lines.append(f"By the log's own account, {recording.logged_hit_ratio:.1%} of requests were hits.")
     return lines
@@ -205,7 +203,7 @@ def describe_viewing(shares: Sequence[float], above: int) -> str:
         return f"There are no views of objects above {format_size(above)}."
     finished = sum(share >= _FINISHED for share in shares) / len(shares)
     return (
-        f"{counted(len(shares), 'view')} of objects above {format_size(above)} got"
+        f"{plural(len(shares), 'view')} of objects above {format_size(above)} got"
         f" {sum(shares) / len(shares):.1%} of the object in the mean and {shares[len(shares) // 2]:.1%} in the median;"
         f" {finished:.1%} got nearly all of it."
     )

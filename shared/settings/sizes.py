@@ -41,7 +41,7 @@ def format_size(size: int) -> str:
     return str(size)
 
 
-def counted(number: float, noun: str) -> str:
+def plural(number: float, noun: str) -> str:
     """Return `1 object`, `2 objects`. `noun`: in the singular."""
     return f"{number:.0f} {noun}{'' if number == 1 else 's'}"
 

@@ -36,7 +36,7 @@ from distributor_node.shared.runtime.process_reports import (
     ReportedProcess,
     read_reports,
 )
-from distributor_node.shared.settings.sizes import counted
+from distributor_node.shared.settings.sizes import plural
 from distributor_node.shared.waiting import cancel_and_wait
 
 MAX_DOWNLOADS, MAX_QUEUED, MAX_SOURCES, MAX_VIEWERS, MAX_PROCESSES = 40, 20, 50, 50, 100
@@ -393,7 +393,7 @@ class Feed:
             return "The catalog says that it has not been uploaded yet."
         if found.size is not None and found.size > context.settings.storage.largest_cached_size:
             return "It is larger than the largest object that this node caches, so it is always proxied."
-        sources = counted(len(found.sources), "source")
+        sources = plural(len(found.sources), "source")
         return f"The catalog knows it, at {sources}: the first request fetches it."
 
 

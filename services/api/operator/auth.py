@@ -102,13 +102,17 @@ def weak_secret(secret: str) -> str | None:
     length = len(secret.encode())
     if length >= MIN_KEY_BYTES:
         return None
-    return f"operator_api.secret: expected at least {MIN_KEY_BYTES} bytes (RFC 7518, section 3.2), got {length}"
+    return (
+        f"operator_api.secret: expected at least {MIN_KEY_BYTES} bytes (RFC 7518, section 3.2), got {length}"
+    )
 
 
 def _decode_claims(token: str, secret: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", InsecureKeyLengthWarning)  # said once, at the start: see weak_secret
+            warnings.simplefilter(
+                "ignore", InsecureKeyLengthWarning
+            )  # said once, at the start: see weak_secret
             return jwt.decode(
                 token,
                 secret,

@@ -17,7 +17,7 @@ from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import EvictionReason
 from distributor_node.shared.ports.state_store import IndexEntry, ObjectStatus, StateStore, with_views
 from distributor_node.shared.settings.model import EvictorSettings
-from distributor_node.shared.settings.sizes import counted
+from distributor_node.shared.settings.sizes import plural
 
 StoredState = Literal["stored", "leaving", "missing", "unindexed", "failed", "absent"]
 
@@ -121,7 +121,7 @@ def in_words(
     before = explained["objectsBefore"]
     if before is not None:
         size = _bytes(explained["bytesBefore"])
-        others = f"{counted(before, 'object')} ({size}) would be evicted before it."
+        others = f"{plural(before, 'object')} ({size}) would be evicted before it."
         sentences.append(others if before else "It would be the next to be evicted.")
     if explained["failure"] is not None:
         left = _duration(explained["failure"]["secondsLeft"])
