@@ -2,7 +2,7 @@
 
 A page shows dozens of thumbnails and some images (covers, avatars) for every video that is watched, so most views are
 of small objects, and nearly all bytes are of videos. Within each kind popularity is Zipf-like.
-`python -m benchmarks.traces` writes a trace as CSV (`time,id,size,sent`) for `distributor replay`.
+`python -m benchmarks.traces` writes a trace as CSV (`time,id,size,sent,first`) for `distributor replay`.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def flooded(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
 
 @dataclass(frozen=True)
 class ViewingCurve:
-    """How much of a video viewers watch. `points`: (share of the viewers, share of the video that they watch at most),
-    from (0, …) to (1, …), both rising; straight lines between them."""
+    """How much of a video is watched. `points`: (share of the viewers, share of the video that they watch at most),
+    from (0, …) to (1, …), both rising; straight lines between them. See policy_windows.py for published ones."""
 
     points: tuple[tuple[float, float], ...]
 
@@ -110,8 +110,8 @@ class Parameters:
     `zipf`: the popularity of rank r is r^-zipf. With the kinds above, 40 to 50 % of the objects seen at all are seen
     once. `fresh`: share of views that fall into the days after an object was published, `fresh_days` in the mean; the
     others come at any time.
-    `watched`: mean share of a video that is watched, or `viewing_curve`: see viewing.py; players ask for `range_bytes`
-    at a time, as fast as `bitrate` (bytes a second) needs it.
+    `watched`: mean share of a video that is watched, or how it is distributed (`viewing_curve`); players ask for
+    `range_bytes` at a time, as fast as `bitrate` (bytes a second) needs it.
     """
 
     views: int = 1_000_000
@@ -251,9 +251,9 @@ def main() -> None:
     arguments = parser.parse_args()
     trace = Trace(Parameters(views=arguments.views, days=arguments.days, seed=arguments.seed))
     writer = csv.writer(sys.stdout)
-    writer.writerow(["time", "id", "size", "sent"])
+    writer.writerow(["time", "id", "size", "sent", "first"])
     for request in trace.requests() if arguments.ranges else trace.views():
-        writer.writerow([f"{request.at:.3f}", request.object_id, request.size, request.sent])
+        writer.writerow([f"{request.at:.3f}", request.object_id, request.size, request.sent, request.first])
 
 
 if __name__ == "__main__":

@@ -34,20 +34,23 @@ def line(
     })  # fmt: skip
 
 
-# One film of 10 GiB: a viewer gets the first GiB but for 8 MiB, in two ranges; a second one gets half of that later.
-# A window of 8 MiB fetches exactly 1 GiB for the first, and nothing for the second. A song of 1 MiB is heard twice.
+# Two films of 10 GiB. A viewer gets the first GiB of one but for 8 MiB, in two ranges; another one gets half of that at
+# the same time. A window of 8 MiB fetches exactly 1 GiB for the first, and nothing for the other. Of the second film
+# 9 GiB are watched, so it is completed. A song of 1 MiB is heard twice. The second range is longer than the window, so
+# with one it is no hit.
 WATCHED = GIB - 8 * MIB
 SMALL_LOG = [
     line(0, "film", 10 * GIB, WATCHED - 100 * MIB, 0),
     line(100, "film", 10 * GIB, 100 * MIB, WATCHED - 100 * MIB),
     line(200, "song", MIB, MIB),
+    line(250, "film", 10 * GIB, WATCHED // 2, 0),
+    line(1000, "film-2", 10 * GIB, 9 * GIB, 0),
     line(2000, "song", MIB, MIB),
-    line(3000, "film", 10 * GIB, WATCHED // 2, 0),
 ]
 
 
 def run(log: Path, *options: str) -> str:
-    done = CliRunner().invoke(app, ["replay", str(log), "--policy", "lru", "--size", "20G", *options])
+    done = CliRunner().invoke(app, ["replay", str(log), "--policy", "lru", "--size", "40G", *options])
     if done.exception is not None:
         raise done.exception
     return done.stdout
@@ -62,33 +65,39 @@ def log(tmp_path: Path) -> Path:
 
 def test_the_report_says_what_a_window_saves_and_costs(log: Path) -> None:
     told = run(log)
-    # Whole: 10 GiB and 1 MiB from sources. Window: 1 GiB and 1 MiB. Hits are 3 of 5 both times.
-    assert "| 20G | lru, window 8M | 0.600 |" in told
-    assert "2 views of objects above 16M got 7.4% of the object in the mean and 9.9% in the median" in told
+    # Whole: 20 GiB and 1 MiB from sources, 3 hits of 6. Window: 11 GiB and 1 MiB, 2 hits; the third is 100 of 10,742 MiB.
+    assert "| 40G | lru | 0.500 |" in told
+    assert "| 40G | lru, window 8M | 0.333 |" in told
     assert (
-        "With lru, 20G, a window would save 90.0% of the bytes from sources (9.0 GiB) and 90.0% of the bytes written"
-        " (9.0 GiB); object hits +0.0 points, byte hits +0.0 points." in told
+        "3 views of objects above 16M got 35.0% of the object in the mean and 9.9% in the median; 0.0% got"
+        in told
+    )
+    assert (
+        "With lru, 40G, a window would save 45.0% of the bytes from sources (9.0 GiB) and 45.0% of the bytes written"
+        " (9.0 GiB); object hits -16.7 points, byte hits -0.9 points." in told
     )
 
 
 def test_json_has_the_same_figures(log: Path) -> None:
     told = json.loads(run(log, "--json"))
-    assert (told["requests"], told["objects"], told["watched"]["views"]) == (5, 2, 2)
+    assert (told["requests"], told["objects"], told["watched"]["views"]) == (6, 3, 3)
     (whole,), (windowed,) = told["results"], told["windowed"]
     assert (whole["setting"], windowed["setting"]) == ("lru", "lru, window 8M")
-    assert (whole["bytes_from_sources"], whole["bytes_written"]) == (10 * GIB + MIB, 10 * GIB + MIB)
-    assert (windowed["bytes_from_sources"], windowed["bytes_written"]) == (GIB + MIB, GIB + MIB)
+    assert (whole["bytes_from_sources"], whole["bytes_written"]) == (20 * GIB + MIB, 20 * GIB + MIB)
+    assert (windowed["bytes_from_sources"], windowed["bytes_written"]) == (11 * GIB + MIB, 11 * GIB + MIB)
     assert windowed["source_bytes_saved"] == windowed["written_bytes_saved"] == 9 * GIB
-    assert (whole["hits"], windowed["hits"], windowed["object_hits_gained"]) == (3, 3, 0.0)
-    assert whole["bytes_sent"] == 2 * MIB + WATCHED + WATCHED // 2
+    assert (whole["hits"], windowed["hits"]) == (3, 2)
+    assert windowed["object_hits_gained"] == pytest.approx(-1 / 6)
+    assert (whole["completed"], windowed["completed"]) == (0, 1)
+    assert whole["bytes_sent"] == 2 * MIB + WATCHED + WATCHED // 2 + 9 * GIB
 
 
 def test_a_window_can_be_chosen_left_out_and_without_effect(log: Path) -> None:
     narrow = json.loads(run(log, "--json", "--window", "1M", "--window-above", "1G"))
     assert narrow["window"]["ahead"] == MIB
-    assert narrow["windowed"][0]["bytes_from_sources"] == WATCHED + 2 * MIB
+    assert narrow["windowed"][0]["bytes_from_sources"] == WATCHED + 10 * GIB + 2 * MIB
     assert "window" not in run(log, "--window", "off")
-    assert "No object is larger than 20G: a window would change nothing." in run(log, "--window-above", "20G")
+    assert "No object is larger than 40G: a window would change nothing." in run(log, "--window-above", "40G")
     with pytest.raises(ConfigurationError, match="window-above: expected a number and a unit"):
         run(log, "--window-above", "large")
 
@@ -96,12 +105,12 @@ def test_a_window_can_be_chosen_left_out_and_without_effect(log: Path) -> None:
 def test_the_nodes_own_settings_are_tried_with_a_window_too(log: Path, tmp_path: Path) -> None:
     config = tmp_path / "node.yaml"
     config.write_text(
-        "storage: {path: data, limit: 30G}\nevictor: {policy: lru}\nadmission: {above_size: off}\n"
+        "storage: {path: data, limit: 50G}\nevictor: {policy: lru}\nadmission: {above_size: off}\n"
         "catalog: {manifest: objects.yaml}\n"
     )
     told = run(log, "--config", str(config))
-    assert told.count("a window would save 90.0% of the bytes from sources (9.0 GiB)") == 2
-    assert "With lru, 30G, a window would save" in told
+    assert told.count("a window would save 45.0% of the bytes from sources (9.0 GiB)") == 2
+    assert "With lru, 50G, a window would save" in told
 
 
 def test_one_of_a_kind_is_told_in_the_singular(tmp_path: Path) -> None:
