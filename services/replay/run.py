@@ -184,17 +184,16 @@ class WindowResult:
     def sentence(self) -> str:
         whole = self.whole.outcome
         return (
-            f"With {self.whole.setting.name}, {size_label(self.whole)}, a window would"
-            f" {_saved(self.source_bytes_saved, whole.bytes_from_sources, 'bytes from sources')} and"
-            f" {_saved(self.written_bytes_saved, whole.bytes_written, 'bytes written')};"
-            f" object hits {100 * self.object_hits_gained:+.1f} points, byte hits"
-            f" {100 * self.byte_hits_gained:+.1f} points."
+            f"With {self.whole.setting.name}, {size_label(self.whole)}, a window would save"
+            f" {_share(self.source_bytes_saved, whole.bytes_from_sources)} of the bytes from sources and"
+            f" {_share(self.written_bytes_saved, whole.bytes_written)} of the bytes written; object hits"
+            f" {100 * self.object_hits_gained:+.1f} points, byte hits {100 * self.byte_hits_gained:+.1f} points."
         )
 
 
-def _saved(saved: int, before: int, what: str) -> str:
-    share = abs(saved) / max(1, before)
-    return f"{'save' if saved >= 0 else 'cost'} {share:.1%} of the {what} ({abs(saved) / _GIB:.1f} GiB)"
+def _share(saved: int, before: int) -> str:
+    """Less than 0 where more is fetched: what is evicted early is fetched again."""
+    return f"{saved / max(1, before):.1%} ({saved / _GIB:.1f} GiB)"
 
 
 def describe_viewing(shares: Sequence[float], above: int) -> str:

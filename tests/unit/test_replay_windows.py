@@ -65,7 +65,7 @@ def log(tmp_path: Path) -> Path:
 
 def test_the_report_says_what_a_window_saves_and_costs(log: Path) -> None:
     told = run(log)
-    # Whole: 20 GiB and 1 MiB from sources, 3 hits of 6. Window: 11 GiB and 1 MiB, 2 hits; the third is 100 of 10,742 MiB.
+    # Whole: 20 GiB and 1 MiB from sources, 3 hits. Window: 11 GiB and 1 MiB, 2 hits, 100 of 10,742 MiB less.
     assert "| 40G | lru | 0.500 |" in told
     assert "| 40G | lru, window 8M | 0.333 |" in told
     assert (
@@ -73,8 +73,8 @@ def test_the_report_says_what_a_window_saves_and_costs(log: Path) -> None:
         in told
     )
     assert (
-        "With lru, 40G, a window would save 45.0% of the bytes from sources (9.0 GiB) and 45.0% of the bytes written"
-        " (9.0 GiB); object hits -16.7 points, byte hits -0.9 points." in told
+        "With lru, 40G, a window would save 45.0% (9.0 GiB) of the bytes from sources and 45.0% (9.0 GiB) of the"
+        " bytes written; object hits -16.7 points, byte hits -0.9 points." in told
     )
 
 
@@ -109,7 +109,7 @@ def test_the_nodes_own_settings_are_tried_with_a_window_too(log: Path, tmp_path:
         "catalog: {manifest: objects.yaml}\n"
     )
     told = run(log, "--config", str(config))
-    assert told.count("a window would save 45.0% of the bytes from sources (9.0 GiB)") == 2
+    assert told.count("a window would save 45.0% (9.0 GiB) of the bytes from sources") == 2
     assert "With lru, 50G, a window would save" in told
 
 
