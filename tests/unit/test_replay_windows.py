@@ -176,7 +176,7 @@ def asked(at: float, first: int, sent: int, size: int = 1000, object_id: ObjectI
     return Request(at, object_id, size, sent, first=first)
 
 
-GROW = WindowRules(100, 200, complete_share=None, complete_views=None)
+GROW = WindowRules(100, 200, watched_share=None, second_view_share=None)
 
 
 def test_an_object_grows_with_its_furthest_viewer() -> None:
@@ -196,19 +196,30 @@ def test_small_objects_are_fetched_as_a_whole() -> None:
     assert simulated(GROW, 10**6, asked(0, 0, 10, size=201)).bytes_from_sources == 110
 
 
-def test_an_object_that_is_nearly_there_is_completed() -> None:
-    window = WindowRules(100, 200, complete_share=0.8, complete_views=None)
-    before = [asked(0, 0, 500), asked(1, 990, 10)]
-    assert simulated(window, 10**6, *before, asked(2, 500, 189)).bytes_from_sources == 799
-    told = simulated(window, 10**6, *before, asked(2, 500, 190), asked(3, 700, 300))
+def test_an_object_is_completed_once_a_viewer_has_passed_most_of_it() -> None:
+    window = WindowRules(100, 200, watched_share=0.8, second_view_share=None)
+    assert simulated(window, 10**6, asked(0, 0, 699), asked(1, 699, 100)).bytes_from_sources == 899
+    told = simulated(window, 10**6, asked(0, 0, 699), asked(1, 699, 101), asked(3, 700, 300))
     assert (told.bytes_from_sources, told.completed, told.hits) == (1000, 1, 1)
+    assert simulated(window, 10**6, asked(0, 951, 49)).bytes_from_sources == 49, "the index of an MP4"
+    assert simulated(window, 10**6, asked(0, 950, 50)).bytes_from_sources == 1000, "a viewer who jumped there"
 
 
-def test_a_second_view_completes_but_not_one_that_goes_on() -> None:
-    window = WindowRules(100, 200, complete_share=None, complete_views=2)
-    assert simulated(window, 10**6, asked(0, 0, 50), asked(VIEW_WINDOW, 50, 50)).bytes_from_sources == 200
-    assert simulated(window, 10**6, asked(0, 0, 50), asked(VIEW_WINDOW, 0, 5)).bytes_from_sources == 1000
-    assert simulated(window, 10**6, asked(0, 0, 50), asked(5, 0, 5)).bytes_from_sources == 150
+def test_a_second_view_completes_once_it_has_passed_a_fifth() -> None:
+    window = WindowRules(100, 200, watched_share=None, second_view_share=0.2)
+    before = [asked(0, 0, 150)]
+    assert simulated(window, 10**6, *before, asked(VIEW_WINDOW, 0, 199)).bytes_from_sources == 299
+    assert simulated(window, 10**6, *before, asked(VIEW_WINDOW, 0, 200)).bytes_from_sources == 1000
+    again = [asked(VIEW_WINDOW, 0, 100), asked(VIEW_WINDOW + 1, 100, 100)]
+    assert simulated(window, 10**6, *before, *again).bytes_from_sources == 1000, "in two ranges"
+
+
+def test_going_on_jumping_and_joining_are_no_second_view() -> None:
+    window = WindowRules(100, 200, watched_share=None, second_view_share=0.2)
+    for goes_on in (asked(VIEW_WINDOW, 150, 100), asked(VIEW_WINDOW, 400, 100), asked(5, 0, 250)):
+        end = goes_on.first + goes_on.sent + 100
+        fetched = end if goes_on.first <= 250 else 250 + end - goes_on.first
+        assert simulated(window, 10**6, asked(0, 0, 150), goes_on).bytes_from_sources == fetched
 
 
 def test_room_is_made_for_the_whole_object_and_only_what_is_there_is_kept() -> None:
@@ -232,8 +243,8 @@ class Textbook:
         self.sizes: dict[ObjectId, int] = {}
         self.last: dict[ObjectId, float] = {}
         self.view_began: dict[ObjectId, float] = {}
-        self.views: dict[ObjectId, int] = {}
-        self.watched_to: dict[ObjectId, int] = {}
+        self.watched: dict[ObjectId, set[int]] = {}
+        self.seen_again: set[ObjectId] = set()
 
     def process(self, request: Request) -> None:
         at, object_id, size, sent, _, _, first = request
@@ -250,7 +261,8 @@ class Textbook:
                 self.outcome.bytes_from_sources += sent
                 return
             there = self.there[object_id] = set()
-            self.sizes[object_id], self.views[object_id], self.watched_to[object_id] = size, 1, 0
+            self.sizes[object_id], self.watched[object_id] = size, set()
+            self.seen_again.discard(object_id)
         else:
             self.touch(object_id)
             if wanted <= there:
@@ -259,8 +271,8 @@ class Textbook:
             if len(there) == size:
                 self.last[object_id] = at
                 return
-            if begins and first < self.watched_to[object_id]:
-                self.views[object_id] += 1
+            if begins and first in self.watched[object_id]:
+                self.seen_again.add(object_id)
         self.last[object_id] = at
         more = self.to_fetch(object_id, first, sent, begins=begins)
         if not self.has_room(more, at, object_id, begins=begins):
@@ -269,17 +281,20 @@ class Textbook:
         there |= more
         self.outcome.bytes_from_sources += len(more)
         self.outcome.bytes_written += len(more)
-        self.watched_to[object_id] = max(self.watched_to[object_id], first + sent)
+        self.watched[object_id] |= wanted
         self.outcome.completed += len(there) == size > self.window.above
 
     def to_fetch(self, object_id: ObjectId, first: int, sent: int, *, begins: bool) -> set[int]:
         size, there, window = self.sizes[object_id], self.there[object_id], self.window
         whole = set(range(size))
         ahead = set(range(first, min(size, first + sent + window.ahead)))
-        share, views = window.complete_share, window.complete_views
-        enough = share is not None and len(there | ahead) >= share * size
-        popular = views is not None and self.views[object_id] >= views
-        return (whole if size <= window.above or enough or popular else ahead) - there
+        shares = [window.watched_share]
+        if object_id in self.seen_again:
+            shares.append(window.second_view_share)
+        places = [share * size for share in shares if share is not None]
+        index = min(window.ahead, size // 20)
+        passed = any(first < place <= first + sent or (first >= place and sent >= index) for place in places)
+        return (whole if size <= window.above or passed else ahead) - there
 
     def has_room(self, more: set[int], at: float, object_id: ObjectId, *, begins: bool) -> bool:
         """Room for a new object was made before it is asked here, and none is there then."""
@@ -307,7 +322,7 @@ class Textbook:
         return self.used + needed <= self.rules.limit
 
 
-SIZES = (3, 8, 20, 37)
+SIZES = (3, 8, 37, 60)
 
 
 @st.composite
@@ -326,10 +341,10 @@ def responses(draw: st.DrawFn) -> Request:
         WindowRules,
         ahead=st.integers(0, 10),
         above=st.integers(2, 30),
-        complete_share=st.one_of(st.none(), st.sampled_from([0.5, 0.8, 1.0])),
-        complete_views=st.one_of(st.none(), st.integers(2, 3)),
+        watched_share=st.sampled_from([None, 0.5, 0.8, 1.0]),
+        second_view_share=st.sampled_from([None, 0.0, 0.2, 0.6]),
     ),
-    room=st.integers(0, 60),
+    room=st.integers(0, 120),
     objects=st.integers(1, 4),
     min_idle=st.sampled_from([0.0, 5.0, 400.0]),
 )

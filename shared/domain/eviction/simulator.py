@@ -8,7 +8,7 @@ With `WindowRules` a large object grows with its furthest viewer and is evicted 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from distributor_node.shared.domain.eviction.policy import EvictionPolicy
@@ -98,17 +98,29 @@ class WindowRules:
 
     ahead: int = 8 * 1024**2  # bytes
     above: int = 16 * 1024**2  # bytes; smaller objects are fetched as a whole
-    complete_share: float | None = 0.8  # of the object's bytes that are there; None: never for that
-    complete_views: int | None = 2  # None: never for that
+    watched_share: float | None = 0.8  # of the object, which a viewer has passed; None: never for that
+    second_view_share: float | None = (
+        0.2  # of the object, which a second viewer has passed; None: never for that
+    )
+
+    def completes(self, size: int, first: int, sent: int, *, seen_again: bool) -> bool:
+        """Whether a response is a reason to fetch all of the object. `seen_again`: it has had a second view."""
+        shares = (self.watched_share, self.second_view_share if seen_again else None)
+        return any(share is not None and self._passes(share * size, size, first, sent) for share in shares)
+
+    def _passes(self, place: float, size: int, first: int, sent: int) -> bool:
+        """Players read the index of an MP4, which may lie at its end, before they begin: that is no viewer."""
+        index = min(self.ahead, size // 20)
+        return first + sent >= place and (first < place or sent >= index)
 
 
 @dataclass(slots=True)
 class _Partial:
     """An object that is there in part."""
 
-    extents: Extents
-    views: int = 1
-    watched_to: int = 0  # end (exclusive) of the furthest response
+    extents: Extents = field(default_factory=Extents)
+    watched: Extents = field(default_factory=Extents)
+    seen_again: bool = False  # a second view has begun
 
 
 class Simulation:
@@ -177,20 +189,21 @@ class Simulation:
             outcome.bytes_written += size
             return
         self._used += footprint(0)
-        self._partials[object_id] = partial = _Partial(Extents())
+        self._partials[object_id] = partial = _Partial()
         self._fill(request, partial, window)
 
     def _extend(self, request: Request, partial: _Partial, *, begins_view: bool) -> None:
         """Fetch what a viewer of a partial object needs, and what lies ahead of it.
 
-        A viewer that watches for longer than a view lasts goes on behind all bytes watched so far: no second view. A
-        fetch reserves the whole object. So when a view begins, there must be room for all that is missing.
+        A viewer that watches for longer than a view lasts goes on behind the bytes watched so far: that is no second
+        view. A fetch reserves the whole object. So when a view begins, there must be room for all that is missing.
         """
         at, object_id, size, sent, _, _, first = request
         window = self._window
         if window is None:
             return
-        partial.views += begins_view and first < partial.watched_to
+        if begins_view and partial.watched.contains(first, first + 1):
+            partial.seen_again = True
         missing = size - partial.extents.total if begins_view else self._growth(request, partial, window)
         if not missing or (self._make_room(missing, at) and object_id in self._policy):
             self._fill(request, partial, window)
@@ -203,7 +216,7 @@ class Simulation:
         """Fetch the bytes of this response and those ahead of it, or all. There is room for them."""
         object_id, size, first = request.object_id, request.size, request.first
         before = partial.extents.total
-        partial.watched_to = max(partial.watched_to, first + request.sent)
+        partial.watched = partial.watched.adding(first, first + request.sent)
         partial.extents = self._wanted(request, partial, window)
         total = partial.extents.total
         grown = total - before
@@ -227,9 +240,8 @@ class Simulation:
         extents = partial.extents
         if not extents.contains(first, end):
             extents = extents.adding(first, end)
-        enough = window.complete_share is not None and extents.total >= window.complete_share * size
-        popular = window.complete_views is not None and partial.views >= window.complete_views
-        return Extents.of((0, size)) if enough or popular else extents
+        completes = window.completes(size, first, request.sent, seen_again=partial.seen_again)
+        return Extents.of((0, size)) if completes else extents
 
     def _admitted(self, object_id: ObjectId, size: int, at: float) -> bool:
         rules = self._rules
