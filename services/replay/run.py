@@ -109,7 +109,7 @@ def _try_all(
     if window is not None:
         for place, (size, setting) in enumerate(trials):
             if setting == base or (own is not None and place == 0):
-                twins[place] = (size, replace(setting, window=window))
+                twins[place] = (size, replace(setting, window=window if setting.window is None else None))
     task = progress.add_task("trying", total=len(recording) * (len(trials) + len(twins)))
 
     def run(size: CacheSize, setting: Setting) -> Result:
@@ -124,7 +124,7 @@ def _try_all(
         return Result(setting, size, outcome)
 
     results = [run(size, setting) for size, setting in trials]
-    windowed = [WindowResult(results[place], run(*twin)) for place, twin in twins.items()]
+    windowed = [WindowResult.of(results[place], run(*twin)) for place, twin in twins.items()]
     return (None, results, windowed) if own is None else (results[0], results[1:], windowed)
 
 
@@ -163,6 +163,14 @@ class WindowResult:
 
     whole: Result
     windowed: Result
+
+    @classmethod
+    def of(cls, one: Result, other: Result) -> WindowResult:
+        """In any order."""
+        return cls(one, other) if one.setting.window is None else cls(other, one)
+
+    def __contains__(self, result: object) -> bool:
+        return result is self.whole or result is self.windowed
 
     @property
     def source_bytes_saved(self) -> int:
@@ -229,7 +237,7 @@ class Report:
         about = _about(self.recording, self.counts)
         if self.own is not None:
             about.append(describe_own(self.own))
-        rows = [*self.results, *(pair.windowed for pair in self.windowed if pair.whole is not self.own)]
+        rows = [*self.results, *(pair.windowed for pair in self.windowed if self.own not in pair)]
         rows.sort(key=lambda result: result.size.limit)
         conclusion = [*self._window_sentences(), describe_gap(self.results), recommend(self.results)]
         return "\n".join([*about, "", render_table(rows), "", *filter(None, conclusion), ""])
@@ -243,8 +251,8 @@ class Report:
             yield f"No object is larger than {format_size(window.above)}: a window would change nothing."
             return
         yield describe_viewing(self.recording.watched_shares(window.above), window.above)
-        largest = max(self.windowed, key=lambda pair: (pair.whole is not self.own, pair.whole.size.limit))
-        shown = {id(pair): pair for pair in self.windowed if pair.whole is self.own or pair is largest}
+        largest = max(self.windowed, key=lambda pair: (self.own not in pair, pair.whole.size.limit))
+        shown = {id(pair): pair for pair in self.windowed if self.own in pair or pair is largest}
         yield from (pair.sentence() for pair in shown.values())
 
     def document(self) -> Mapping[str, object]:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from distributor_node.services.command_line.main import app
 from distributor_node.services.replay.access_logs import LogLine, Recording
+from distributor_node.services.replay.run import OwnNode, ReplayRequest, replay
+from distributor_node.services.replay.scenarios import NodeRules, Setting
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import Lru
 from distributor_node.shared.domain.eviction.simulator import Outcome, Request, Rules, Simulation, WindowRules
@@ -111,6 +114,15 @@ def test_the_nodes_own_settings_are_tried_with_a_window_too(log: Path, tmp_path:
     told = run(log, "--config", str(config))
     assert told.count("a window would save 45.0% (9.0 GiB) of the bytes from sources") == 2
     assert "With lru, 50G, a window would save" in told
+
+
+def test_a_node_with_a_window_is_compared_with_one_without(log: Path) -> None:
+    own = OwnNode(Setting("lru", window=WindowRules()), 50 * GIB, NodeRules())
+    request = ReplayRequest([log], ["40G"], [Setting("lru")], own=own, window=WindowRules())
+    told = replay(request, Console(quiet=True))
+    assert "As configured (lru, window 8M, 50G): 33.3% of requests" in told
+    assert "With lru, 50G, a window would save 45.0% (9.0 GiB) of the bytes from sources" in told
+    assert told.count("| lru, window 8M |") == 1, "the table has the sizes that were asked for"
 
 
 def test_one_of_a_kind_is_told_in_the_singular(tmp_path: Path) -> None:
