@@ -179,9 +179,10 @@ bench-fair: setup servers ## measure look-ups and downloads under load: fairness
 	@$(BIN)/python -m benchmarks.fair $(ARGS)
 
 .PHONY: bench-policies
-bench-policies: setup servers ## compare eviction policies on generated traces, and measure them with 10^6 objects
+bench-policies: setup servers ## compare eviction policies and windows on generated traces, and measure 10^6 objects
 	@$(BIN)/python -m benchmarks.policy_families
 	@$(BIN)/python -m benchmarks.policies $(ARGS)
+	@$(BIN)/python -m benchmarks.policy_windows
 	@$(BIN)/python -m benchmarks.policy_scale
 
 ## releasing

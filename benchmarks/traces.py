@@ -2,7 +2,7 @@
 
 A page shows dozens of thumbnails and some images (covers, avatars) for every video that is watched, so most views are
 of small objects, and nearly all bytes are of videos. Within each kind popularity is Zipf-like.
-`python -m benchmarks.traces` writes a trace as CSV (`time,id,size,sent`) for `distributor replay`.
+`python -m benchmarks.traces` writes a trace as CSV (`time,id,size,sent,first`) for `distributor replay`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate, count
+from itertools import accumulate, count, pairwise
 from random import Random
 from statistics import NormalDist
 
@@ -83,14 +83,35 @@ def flooded(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
 
 
 @dataclass(frozen=True)
+class ViewingCurve:
+    """How much of a video is watched. `points`: (share of the viewers, share of the video that they watch at most),
+    from (0, …) to (1, …), both rising; straight lines between them. See policy_windows.py for published ones."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def share(self, viewer: float) -> float:
+        """The share that a viewer watches. `viewer`: at least 0 and below 1, evenly distributed."""
+        for (left, least), (right, most) in pairwise(self.points):
+            if viewer < right:
+                return least + (most - least) * (viewer - left) / (right - left)
+        return self.points[-1][1]
+
+    @property
+    def mean(self) -> float:
+        return sum(
+            (right - left) * (least + most) / 2 for (left, least), (right, most) in pairwise(self.points)
+        )
+
+
+@dataclass(frozen=True)
 class Parameters:
     """How people view.
 
     `zipf`: the popularity of rank r is r^-zipf. With the kinds above, 40 to 50 % of the objects seen at all are seen
     once. `fresh`: share of views that fall into the days after an object was published, `fresh_days` in the mean; the
     others come at any time.
-    `watched`: mean share of a video that is watched; players ask for `range_bytes` at a time, as fast as `bitrate`
-    (bytes a second) needs it.
+    `watched`: mean share of a video that is watched, or how it is distributed (`viewing_curve`); players ask for
+    `range_bytes` at a time, as fast as `bitrate` (bytes a second) needs it.
     """
 
     views: int = 1_000_000
@@ -101,6 +122,7 @@ class Parameters:
     kinds: tuple[Kind, ...] = KINDS
     seed: int = 1
     watched: float = 0.6
+    viewing_curve: ViewingCurve | None = None
     range_bytes: int = 4 * MB
     bitrate: int = 500 * KB
     holds: float | None = None  # days that one object has a place in the order of popularity; None: for ever
@@ -195,12 +217,15 @@ class Trace:
 
     def _session(self, at: float, number: int, random: Random) -> Iterator[Request]:
         parameters, size = self.parameters, self.sizes[number]
-        shape = parameters.watched / (1 - parameters.watched)
-        left = max(1, int(size * random.betavariate(shape, 1.0)))
-        while left > 0:
-            sent = min(left, parameters.range_bytes)
-            yield Request(at, self.ids[number], size, sent)
-            left -= sent
+        if parameters.viewing_curve is None:
+            shape = parameters.watched / (1 - parameters.watched)
+            watched = random.betavariate(shape, 1.0)
+        else:
+            watched = parameters.viewing_curve.share(random.random())
+        end = max(1, int(size * watched))
+        for first in range(0, end, parameters.range_bytes):
+            sent = min(end - first, parameters.range_bytes)
+            yield Request(at, self.ids[number], size, sent, first=first)
             at += sent / parameters.bitrate
 
     @property
@@ -226,9 +251,9 @@ def main() -> None:
     arguments = parser.parse_args()
     trace = Trace(Parameters(views=arguments.views, days=arguments.days, seed=arguments.seed))
     writer = csv.writer(sys.stdout)
-    writer.writerow(["time", "id", "size", "sent"])
+    writer.writerow(["time", "id", "size", "sent", "first"])
     for request in trace.requests() if arguments.ranges else trace.views():
-        writer.writerow([f"{request.at:.3f}", request.object_id, request.size, request.sent])
+        writer.writerow([f"{request.at:.3f}", request.object_id, request.size, request.sent, request.first])
 
 
 if __name__ == "__main__":

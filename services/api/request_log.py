@@ -48,6 +48,7 @@ class RequestRecord:
     started: float = field(default_factory=time.perf_counter)
     sent: int | None = None  # bytes of the body given to the connection; None: all of a body in one piece
     size: int | None = None  # bytes of the whole object, if known
+    range_start: int | None = None  # first byte of a 206 within the object
     abort_reason: str | None = None  # why the response ended early
     recorded: bool = False
     logged: bool = True  # as an event; otherwise an access log or nothing has it
@@ -140,6 +141,7 @@ def log_request(
         status=status,
         bytes=sent,
         size=record.size,
+        range_start=record.range_start,
         duration_ms=round((time.perf_counter() - record.started) * 1000, 3),
         x_cache=cache,
         source=source,

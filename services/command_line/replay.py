@@ -12,6 +12,7 @@ from distributor_node.shared.domain.eviction import POLICY_NAMES, MissCost
 
 if TYPE_CHECKING:
     from distributor_node.services.replay.run import OwnNode
+    from distributor_node.shared.domain.eviction.simulator import WindowRules
 
 _SIZES = ["1%", "5%", "10%", "25%"]
 _POLICIES: list[str] = list(POLICY_NAMES)
@@ -68,6 +69,18 @@ ConfigFile = Annotated[
     ),
 ]
 Sample = Annotated[float, typer.Option("--sample", help="Share of the objects to replay, such as 0.1.")]
+Window = Annotated[
+    str,
+    typer.Option(
+        "--window",
+        help="How far a fetch of a large object runs ahead of its furthest viewer, tried beside whole objects: a size,"
+        " or 'off'.",
+    ),
+]
+WindowAbove = Annotated[
+    str, typer.Option("--window-above", help="Size above which objects are fetched with a window.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Picture = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE.svg", help="Write the chart to this file.")
 ]
@@ -84,6 +97,9 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     picture: Picture = None,
     config: ConfigFile = None,
     compare: Compared = "",
+    window: Window = "8M",
+    window_above: WindowAbove = "16M",
+    as_json: AsJson = False,
 ) -> None:
     """Try policies, cache sizes and settings on your own access logs."""
     from rich.console import Console
@@ -101,7 +117,8 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     settings = settings_to_try(policy, _miss_costs(miss_cost), thresholds)
     settings += [Setting(name) for name in _compared(compare)]
     own = _own_node(config) if config is not None else None
-    request = ReplayRequest(logs, size, settings, sizes, sample, picture, own)
+    window_tried = _window(window, window_above)
+    request = ReplayRequest(logs, size, settings, sizes, sample, picture, own, window_tried, as_json)
     print(run_replay(request, Console(stderr=True)), end="")
 
 
@@ -152,10 +169,18 @@ def _miss_costs(texts: list[str]) -> list[MissCost]:
         raise ConfigurationError(f"miss-cost: {error}") from error
 
 
-def _sizes(option: str, texts: list[str]) -> list[int]:
+def _window(ahead: str, above: str) -> WindowRules | None:
+    from distributor_node.shared.domain.eviction.simulator import WindowRules
+
+    if ahead.strip().lower() == "off":
+        return None
+    return WindowRules(_size("window", ahead), _size("window-above", above))
+
+
+def _size(option: str, text: str) -> int:
     from distributor_node.shared.settings.sizes import parse_size
 
     try:
-        return [parse_size(text) for text in texts]
+        return parse_size(text)
     except ValueError as error:
         raise ConfigurationError(f"{option}: {error}") from error

@@ -250,25 +250,30 @@ def _head(snapshot: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _sentence(said: Mapping[str, float]) -> str:
+    from distributor_node.shared.settings.sizes import plural
+
     requests = said["hit"] + said["pending"] + said["miss"]
     if not requests:
         return "no requests"
     served = size(said["local"] + said["external"])
-    return f"served {served}, fetched {size(said['fetched'])}: {said['hit']:.0f} of {requests:.0f} requests from disk"
+    asked = plural(requests, "request")
+    return f"served {served}, fetched {size(said['fetched'])}: {said['hit']:.0f} of {asked} from disk"
 
 
 def _volume(volume: Mapping[str, Any]) -> list[RenderableType]:
     from rich.text import Text
+
+    from distributor_node.shared.settings.sizes import plural
 
     limit = max(1, volume["limit"])
     used, reserved = (round(_BAR_WIDTH * volume[name] / limit) for name in ("used", "reserved"))
     bar = Text.assemble(
         ("█" * used, "blue"), ("▒" * reserved, "blue"), ("░" * max(0, _BAR_WIDTH - used - reserved), "dim")
     )
-    objects = f"{size(volume['used'])} in {volume['objects']} objects"
+    objects = f"{size(volume['used'])} in {plural(volume['objects'], 'object')}"
     parked = volume.get("parked")  # a node of an earlier version does not tell
     partial = (
-        f", {parked['objects']} partial objects hold {size(parked['held'])}"
+        f", {plural(parked['objects'], 'partial object')} with {size(parked['held'])}"
         if parked and parked["objects"]
         else ""
     )
@@ -333,6 +338,8 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
             state = Text("answers", "green")
         first_bytes = one["firstBytes"]
         mean = f"{1000 * sum(first_bytes) / len(first_bytes):.0f} ms" if first_bytes else ""
+        if mean and not one["requests"]:
+            mean += ", of probes"
         failures = ", ".join(f"{count:.0f} {reason}" for reason, count in one["failures"].items() if count)
         table.add_row(
             str(one["rank"]), Text(one["name"]), state, mean, size(one["bytes"]), Text(failures or "none")

@@ -30,8 +30,9 @@ import yaml
 from distributor_node.shared.domain.conditionals import parse_content_range
 from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
 from distributor_node.shared.domain.eviction.simulator import Request
+from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.domain.space import VIEW_WINDOW, footprint
 
 _MAX_LINE = 64 * 1024  # bytes
 _REPORT_INTERVAL = 1000  # lines between two reports of the progress
@@ -179,7 +180,7 @@ def read_sizes(path: Path) -> dict[str, int]:
         ) from error
 
 
-# The recording: 25 bytes per request, and the sizes of the objects.
+# The recording: 33 bytes per request, and the sizes of the objects.
 
 _PENDING, _HIT, _MISS, _NOT_LOGGED = range(4)
 _CACHE_CODES: Mapping[str | None, int] = {"pending": _PENDING, "hit": _HIT, None: _NOT_LOGGED}
@@ -193,7 +194,11 @@ class Recording:
 
     The size of an object is, in this order: its size in `known_sizes` (from a manifest); the largest size that a line
     states (in Content-Range, in the Content-Length of a 200, or in a CSV column); the length of the longest complete
-    response; the length of the longest partial one. The last is a lower bound, which `guessed_sizes` counts.
+    response; the end of the furthest partial one. The last is a lower bound, which `guessed_sizes` counts.
+
+    The first byte of a response is what its line states. Without that a partial response goes on where the one before
+    it ended, if that was less than a view's length ago, and begins at 0 otherwise. So several viewers at a time look
+    like one who watches more.
     """
 
     def __init__(self, known_sizes: Mapping[str, int] | None = None) -> None:
@@ -204,6 +209,7 @@ class Recording:
         self._at = array("d")
         self._object = array("I")
         self._sent = array("Q")
+        self._first = array("q")  # -1: not stated
         self._cache = bytearray()
 
     def __len__(self) -> int:
@@ -224,10 +230,11 @@ class Recording:
         if line.size is not None:
             self._named[number] = max(self._named[number], line.size)
         column = self._whole if line.whole else self._part
-        column[number] = max(column[number], line.sent)
+        column[number] = max(column[number], line.sent + (line.first or 0))
         self._at.append(line.at)
         self._object.append(number)
         self._sent.append(line.sent)
+        self._first.append(-1 if line.first is None else line.first)
         self._cache.append(_CACHE_CODES.get(line.cache, _MISS) + _NOT_MODIFIED * line.not_modified)
 
     def sizes(self) -> array[int]:
@@ -264,13 +271,56 @@ class Recording:
         return counted[_HIT] / logged if logged else None
 
     def requests(self) -> Iterator[Request]:
-        sizes, ids, fetches = self.sizes(), self._ids, _Fetches(len(self._ids))
+        sizes, ids = self.sizes(), self._ids
+        fetches, positions = _Fetches(len(ids)), _Positions(len(ids))
         for position in sorted(range(len(self._at)), key=self._at.__getitem__):
             number, at = self._object[position], self._at[position]
             code = self._cache[position]
             not_modified = code >= _NOT_MODIFIED
             joined = fetches.joined(number, at, code % _NOT_MODIFIED) if code != _MISSED_304 else None
-            yield Request(at, ids[number], sizes[number], self._sent[position], joined, not_modified)
+            size, sent = sizes[number], self._sent[position]
+            first = positions.first(number, at, self._first[position], sent, size)
+            yield Request(at, ids[number], size, sent, joined, not_modified, first)
+
+    def watched_shares(self, above: int) -> array[float]:
+        """Return for each view of an object larger than `above` bytes which share of it was sent, in rising order.
+
+        A view ends when nothing is sent for as long as a view lasts, or when a response begins at byte 0.
+        """
+        shares, current = array("d"), dict[ObjectId, tuple[float, Extents]]()
+        sizes: dict[ObjectId, int] = {}
+        for request in self.requests():
+            if request.size <= above or not request.sent:
+                continue
+            object_id, first = request.object_id, request.first
+            sizes[object_id] = request.size
+            last, extents = current.get(object_id, (request.at, Extents()))
+            if extents and (request.at - last > VIEW_WINDOW or first == 0):
+                shares.append(extents.total / request.size)
+                extents = Extents()
+            end = min(request.size, first + request.sent)
+            current[object_id] = (request.at, extents.adding(first, end))
+        shares.extend(extents.total / sizes[object_id] for object_id, (_, extents) in current.items())
+        return array("d", sorted(shares))
+
+
+class _Positions:
+    """Finds out where responses begin within their object."""
+
+    def __init__(self, objects: int) -> None:
+        self._last, self._end = array("d", [-math.inf]) * objects, array("Q", [0]) * objects
+
+    def first(self, number: int, at: float, stated: int, sent: int, size: int) -> int:
+        """Return the first byte. `stated`: what the line says, -1 for nothing."""
+        if stated >= 0:
+            first = min(stated, size)
+        elif at - self._last[number] < VIEW_WINDOW:
+            first = max(0, min(self._end[number], size - sent))
+        else:
+            first = 0
+        if sent:
+            self._last[number], self._end[number] = at, min(size, first + sent)
+        return first
 
 
 class _Fetches:
@@ -341,6 +391,7 @@ class LogLine:
     whole: bool = False  # whether `sent` is the whole object, by the log's account
     cache: str | None = None  # hit, pending or miss, if it was logged
     not_modified: bool = False  # whether the response was a 304
+    first: int | None = None  # first byte within the object, if it is known
 
 
 def parse_line(line: str, columns: Columns | None = None) -> LogLine | None:
@@ -359,7 +410,11 @@ def parse_line(line: str, columns: Columns | None = None) -> LogLine | None:
         raise Unreadable(str(error)) from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise Unreadable(f"expected a known format, got {line[:80]!r}") from error
-    if parsed is not None and not (is_size(parsed.sent) and (parsed.size is None or is_size(parsed.size))):
+    if parsed is not None and not (
+        is_size(parsed.sent)
+        and (parsed.size is None or is_size(parsed.size))
+        and (parsed.first is None or (parsed.first >= 0 and is_size(parsed.first + parsed.sent)))
+    ):
         raise Unreadable(f"size: expected 0 to {_MAX_BYTES} bytes, got {line[:80]!r}")
     return parsed
 
@@ -390,7 +445,9 @@ def _from_json(fields: Mapping[str, Any]) -> LogLine | None:
     object_id, status = fields.get("object_id"), int(fields["status"])
     if object_id is None or fields["method"] != "GET" or status not in _CONTENT_STATUSES:
         return None
-    sent, size = int(fields["bytes"]), fields.get("size")
+    sent, size, first = int(fields["bytes"]), fields.get("size"), fields.get("range_start")
+    if status == 200:
+        first = 0
     return LogLine(
         at=_seconds(fields["timestamp"]) - float(fields.get("duration_ms", 0)) / 1000,
         object_id=ObjectId.parse(object_id),
@@ -399,6 +456,7 @@ def _from_json(fields: Mapping[str, Any]) -> LogLine | None:
         whole=status == 200 and not fields.get("cut"),
         cache=fields.get("x_cache"),
         not_modified=status == 304,
+        first=None if first is None else int(first),
     )
 
 
@@ -409,10 +467,11 @@ def _from_caddy(fields: Mapping[str, Any]) -> LogLine | None:
         return None
     headers = {name.lower(): str(values[0]) for name, values in (fields.get("resp_headers") or {}).items()}
     duration, sent = fields.get("duration", 0), int(fields["size"])
-    size = None
+    size, first = None, 0 if status == 200 else None
     if status == 206:
         given = parse_content_range(headers.get("content-range", ""))
-        size = None if given is None else given[1]
+        if given is not None:
+            first, size = given[0].first, given[1]
     elif status == 200 and "content-length" in headers:
         size = int(headers["content-length"])
     return LogLine(
@@ -423,6 +482,7 @@ def _from_caddy(fields: Mapping[str, Any]) -> LogLine | None:
         whole=status == 200,
         cache=headers.get("x-cache"),
         not_modified=status == 304,
+        first=first,
     )
 
 
@@ -432,7 +492,8 @@ def _from_common(fields: re.Match[str]) -> LogLine | None:
         return None
     at = datetime.strptime(fields["time"], "%d/%b/%Y:%H:%M:%S %z").timestamp()
     sent = 0 if fields["bytes"] == "-" else int(fields["bytes"])
-    return LogLine(at, object_id, sent, whole=status == 200, not_modified=status == 304)
+    first = 0 if status == 200 else None
+    return LogLine(at, object_id, sent, whole=status == 200, not_modified=status == 304, first=first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,6 +504,7 @@ class Columns:
     object_id: int
     size: int
     sent: int | None = None  # None: the whole object
+    first: int | None = None  # None: not known
 
 
 _UNNAMED, _SPACED = Columns(0, 1, 2, 3), Columns(0, 1, 2)
@@ -451,6 +513,7 @@ _COLUMN_NAMES = {
     "id": ("id", "obj_id", "object_id", "obj", "object", "key"),
     "size": ("size", "obj_size", "object_size", "obj-size"),
     "sent": ("sent", "bytes_sent"),
+    "first": ("first", "range_start"),
 }
 
 
@@ -467,7 +530,7 @@ def columns_of(line: str) -> Columns | None:
     }
     if not {"time", "id", "size"} <= found.keys():
         return None
-    return Columns(found["time"], found["id"], found["size"], found.get("sent"))
+    return Columns(found["time"], found["id"], found["size"], found.get("sent"), found.get("first"))
 
 
 def _from_columns(fields: Sequence[str], columns: Columns) -> LogLine:
@@ -481,7 +544,10 @@ def _from_columns(fields: Sequence[str], columns: Columns) -> LogLine:
     size = _count("size", fields[columns.size])
     given = columns.sent is not None and columns.sent < len(fields)
     sent = _count("sent", fields[columns.sent or 0]) if given else size
-    return LogLine(at, ObjectId.parse(fields[columns.object_id]), sent, size=size)
+    first = 0 if sent >= size else None
+    if columns.first is not None and columns.first < len(fields):
+        first = _count("first", fields[columns.first])
+    return LogLine(at, ObjectId.parse(fields[columns.object_id]), sent, size=size, first=first)
 
 
 def _count(name: str, field: str) -> int:

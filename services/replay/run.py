@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -23,8 +24,8 @@ from distributor_node.services.replay.scenarios import (
 )
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import AUTO_COST
-from distributor_node.shared.domain.eviction.simulator import Outcome
-from distributor_node.shared.settings.sizes import format_size
+from distributor_node.shared.domain.eviction.simulator import Outcome, WindowRules
+from distributor_node.shared.settings.sizes import format_size, plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class ReplayRequest:
     sample: float = 1.0  # share of the objects, above 0 and at most 1
     picture: Path | None = None
     own: OwnNode | None = None  # tried first, and its rules apply to all trials
+    window: WindowRules | None = None  # tried beside whole objects, in every size
+    as_json: bool = False
 
 
 def replay(request: ReplayRequest, progress_to: Console) -> str:
@@ -63,14 +66,13 @@ def replay(request: ReplayRequest, progress_to: Console) -> str:
             raise ConfigurationError(
                 f"log: no responses with objects ({counts.other} other lines, {counts.unreadable} unreadable)"
             )
-        own, results = _try_all(request, recording, progress)
+        own, results, windowed = _try_all(request, recording, progress)
     if request.picture is not None:
         request.picture.write_text(
-            render_chart(results, f"Replay of {len(recording)} requests"), encoding="utf-8"
+            render_chart(results, f"Replay of {plural(len(recording), 'request')}"), encoding="utf-8"
         )
-    about = [*_about(recording, counts), *([describe_own(own)] if own is not None else [])]
-    conclusion = [sentence for sentence in (describe_gap(results), recommend(results)) if sentence]
-    return "\n".join([*about, "", render_table(results), "", *conclusion, ""])
+    report = Report(recording, counts, own, results, windowed, request.window)
+    return json.dumps(report.document(), indent=2) + "\n" if request.as_json else report.text()
 
 
 def _check_picture(path: Path) -> None:
@@ -92,16 +94,25 @@ def _read(request: ReplayRequest, recording: Recording, progress: Progress) -> L
 
 def _try_all(
     request: ReplayRequest, recording: Recording, progress: Progress
-) -> tuple[Result | None, list[Result]]:
-    """Return the result of the operator's node, if its settings are given, and of each setting with each size."""
+) -> tuple[Result | None, list[Result], list[WindowResult]]:
+    """Return the result of the operator's node, if its settings are given, of each setting with each size, and what a
+    window changes: for the operator's node, and for the node's default with each size."""
     sizes = parse_cache_sizes(request.cache_sizes, int(recording.footprint / request.sample))
     own, rules = request.own, request.own.rules if request.own is not None else NodeRules()
     trials = [(size, setting) for size in sizes for setting in request.settings]
     if own is not None:
         trials.insert(0, (CacheSize(own.limit, format_size(own.limit)), own.setting))
-    task = progress.add_task("trying", total=len(recording) * len(trials))
-    results = []
-    for size, setting in trials:
+    window, base = request.window, _default_of(request.settings)
+    if window is not None and max(recording.sizes()) <= window.above:
+        window = None
+    twins = {}
+    if window is not None:
+        for place, (size, setting) in enumerate(trials):
+            if setting == base or (own is not None and place == 0):
+                twins[place] = (size, replace(setting, window=window if setting.window is None else None))
+    task = progress.add_task("trying", total=len(recording) * (len(trials) + len(twins)))
+
+    def run(size: CacheSize, setting: Setting) -> Result:
         progress.update(task, description=f"{size.label}, {setting.name}")
         outcome = try_setting(
             recording.requests(),
@@ -110,29 +121,190 @@ def _try_all(
             lambda done: progress.advance(task, done),
             rules.admission_window,
         )
-        results.append(Result(setting, size, outcome))
-    return (None, results) if own is None else (results[0], results[1:])
+        return Result(setting, size, outcome)
+
+    results = [run(size, setting) for size, setting in trials]
+    windowed = [WindowResult.of(results[place], run(*twin)) for place, twin in twins.items()]
+    return (None, results, windowed) if own is None else (results[0], results[1:], windowed)
+
+
+def _default_of(settings: Sequence[Setting]) -> Setting | None:
+    """Return what a node has by default, without admission if that is not tried; else the first setting."""
+    defaults = (Setting("gdsf", AUTO_COST, "auto"), Setting("gdsf", AUTO_COST), *settings[:1])
+    return next((setting for setting in defaults if setting in settings), None)
 
 
 def _about(recording: Recording, counts: LinesRead) -> list[str]:
     lines = [
-        f"{len(recording)} requests for {recording.objects} objects ({recording.footprint / 1024**3:.1f} GiB) in"
-        f" {recording.days:.1f} days; {counts.other} other lines, {counts.unreadable} unreadable"
+        f"{plural(len(recording), 'request')} for {plural(recording.objects, 'object')}"
+        f" ({recording.footprint / 1024**3:.1f} GiB) in {recording.days:.1f} days;"
+        f" {plural(counts.other, 'other line')}, {counts.unreadable} unreadable"
         + (f", {counts.not_sampled} not in the sample." if counts.not_sampled else ".")
     ]
     if counts.first_unreadable:
         lines.append(f"The first unreadable line: {counts.first_unreadable}")
-    if recording.guessed_sizes:
-        lines.append(
-            f"{recording.guessed_sizes} objects have only partial responses, so their sizes are lower bounds"
-            " (see --sizes)."
+    guessed = recording.guessed_sizes
+    if guessed:
+        have, bounds = (
+            ("has", "its size is a lower bound") if guessed == 1 else ("have", "their sizes are lower bounds")
         )
+        lines.append(f"{plural(guessed, 'object')} {have} only partial responses, so {bounds} (see --sizes).")
     if recording.logged_hit_ratio is not None:
         lines.append(f"By the log's own account, {recording.logged_hit_ratio:.1%} of requests were hits.")
     return lines
 
 
-# The report: a Markdown table, a recommendation, and a chart (SVG)
+# What windows change
+
+
+@dataclass(frozen=True, slots=True)
+class WindowResult:
+    """One setting with one cache size: objects fetched as a whole, and with a window."""
+
+    whole: Result
+    windowed: Result
+
+    @classmethod
+    def of(cls, one: Result, other: Result) -> WindowResult:
+        """In any order."""
+        return cls(one, other) if one.setting.window is None else cls(other, one)
+
+    def __contains__(self, result: object) -> bool:
+        return result is self.whole or result is self.windowed
+
+    @property
+    def source_bytes_saved(self) -> int:
+        return self.whole.outcome.bytes_from_sources - self.windowed.outcome.bytes_from_sources
+
+    @property
+    def written_bytes_saved(self) -> int:
+        return self.whole.outcome.bytes_written - self.windowed.outcome.bytes_written
+
+    @property
+    def object_hits_gained(self) -> float:
+        """Points of the object hit ratio, as a share."""
+        return self.windowed.outcome.object_hit_ratio - self.whole.outcome.object_hit_ratio
+
+    @property
+    def byte_hits_gained(self) -> float:
+        return self.windowed.outcome.byte_hit_ratio - self.whole.outcome.byte_hit_ratio
+
+    def sentence(self) -> str:
+        whole = self.whole.outcome
+        return (
+            f"With {self.whole.setting.name}, {size_label(self.whole)}, a window would save"
+            f" {_share(self.source_bytes_saved, whole.bytes_from_sources)} of the bytes from sources and"
+            f" {_share(self.written_bytes_saved, whole.bytes_written)} of the bytes written; object hits"
+            f" {100 * self.object_hits_gained:+.1f} points, byte hits {100 * self.byte_hits_gained:+.1f} points."
+        )
+
+
+def _share(saved: int, before: int) -> str:
+    """Less than 0 where more is fetched: what is evicted early is fetched again."""
+    return f"{saved / max(1, before):.1%} ({saved / _GIB:.1f} GiB)"
+
+
+def describe_viewing(shares: Sequence[float], above: int) -> str:
+    """Return one sentence. `shares`: of the object that each view watched, in rising order."""
+    if not shares:
+        return f"There are no views of objects above {format_size(above)}."
+    finished = sum(share >= _FINISHED for share in shares) / len(shares)
+    return (
+        f"{plural(len(shares), 'view')} of objects above {format_size(above)} got"
+        f" {sum(shares) / len(shares):.1%} of the object in the mean and {shares[len(shares) // 2]:.1%} in the median;"
+        f" {finished:.1%} got nearly all of it."
+    )
+
+
+_FINISHED = 0.95
+
+
+# The report: as text, or as JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that a replay found."""
+
+    recording: Recording
+    counts: LinesRead
+    own: Result | None
+    results: Sequence[Result]
+    windowed: Sequence[WindowResult]
+    window: WindowRules | None
+
+    def text(self) -> str:
+        about = _about(self.recording, self.counts)
+        if self.own is not None:
+            about.append(describe_own(self.own))
+        rows = [*self.results, *(pair.windowed for pair in self.windowed if self.own not in pair)]
+        rows.sort(key=lambda result: result.size.limit)
+        conclusion = [*self._window_sentences(), describe_gap(self.results), recommend(self.results)]
+        return "\n".join([*about, "", render_table(rows), "", *filter(None, conclusion), ""])
+
+    def _window_sentences(self) -> Iterator[str]:
+        """What windows change for the operator's node, and with the largest cache tried."""
+        window = self.window
+        if window is None:
+            return
+        if not self.windowed:
+            yield f"No object is larger than {format_size(window.above)}: a window would change nothing."
+            return
+        yield describe_viewing(self.recording.watched_shares(window.above), window.above)
+        largest = max(self.windowed, key=lambda pair: (self.own not in pair, pair.whole.size.limit))
+        shown = {id(pair): pair for pair in self.windowed if self.own in pair or pair is largest}
+        yield from (pair.sentence() for pair in shown.values())
+
+    def document(self) -> Mapping[str, object]:
+        """As JSON: sizes in bytes, ratios and shares from 0 to 1, savings as differences to whole objects."""
+        recording, counts, window = self.recording, self.counts, self.window
+        shares = recording.watched_shares(window.above) if window is not None else ()
+        return {
+            "requests": len(recording),
+            "objects": recording.objects,
+            "object_bytes": recording.footprint,
+            "days": recording.days,
+            "lines": asdict(counts),
+            "guessed_sizes": recording.guessed_sizes,
+            "logged_hit_ratio": recording.logged_hit_ratio,
+            "as_configured": None if self.own is None else _result_document(self.own),
+            "results": [_result_document(result) for result in self.results],
+            "window": None if window is None else asdict(window),
+            "watched": {
+                "views": len(shares),
+                "mean": sum(shares) / len(shares) if shares else None,
+                "shares": [shares[len(shares) * tenth // 10] for tenth in range(10)] if shares else [],
+            },
+            "windowed": [
+                {
+                    **_result_document(pair.windowed),
+                    "source_bytes_saved": pair.source_bytes_saved,
+                    "written_bytes_saved": pair.written_bytes_saved,
+                    "object_hits_gained": pair.object_hits_gained,
+                    "byte_hits_gained": pair.byte_hits_gained,
+                }
+                for pair in self.windowed
+            ],
+            "gap": describe_gap(self.results) or None,
+            "recommendation": recommend(self.results),
+        }
+
+
+def _result_document(result: Result) -> Mapping[str, object]:
+    outcome = result.outcome
+    return {
+        "cache": result.size.label,
+        "limit": result.size.limit,
+        "setting": result.setting.name,
+        **asdict(outcome),
+        "object_hit_ratio": outcome.object_hit_ratio,
+        "byte_hit_ratio": outcome.byte_hit_ratio,
+        "source_ratio": outcome.source_ratio,
+        "write_ratio": outcome.write_ratio,
+    }
+
+
+# Parts of the report: a Markdown table, a recommendation, and a chart (SVG)
 
 
 TOLERANCE = 0.01  # hit ratios that differ by less count as equal

@@ -10,9 +10,21 @@ from typing import Literal
 from distributor_node.services.replay.comparison import OTHER_POLICIES
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import AUTO_COST, EvictionPolicy, MissCost, make_policy
-from distributor_node.shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
+from distributor_node.shared.domain.eviction.simulator import (
+    MIN_IDLE,
+    Outcome,
+    Request,
+    Rules,
+    Simulation,
+    WindowRules,
+)
 from distributor_node.shared.domain.space import AdmissionQuestion, Watermarks, watermarks_for
-from distributor_node.shared.settings.sizes import format_admission_size, format_miss_cost, parse_size
+from distributor_node.shared.settings.sizes import (
+    format_admission_size,
+    format_miss_cost,
+    format_size,
+    parse_size,
+)
 
 _PROGRESS_INTERVAL = 20_000  # requests
 _WINDOW = 7 * 24 * 3600.0  # seconds
@@ -43,13 +55,16 @@ class Setting:
     policy: str
     cost: MissCost | None = None  # c0; None: the policy has none
     second_view_above: int | Literal["auto"] | None = None  # bytes; None: off
+    window: WindowRules | None = None  # None: objects are fetched as a whole
 
     @property
     def name(self) -> str:
         cost = "" if self.cost is None else f" c0={format_miss_cost(self.cost)}"
-        above = self.second_view_above
-        return f"{self.policy}{cost}" + (
-            "" if above is None else f", second view above {format_admission_size(above)}"
+        above, window = self.second_view_above, self.window
+        return (
+            f"{self.policy}{cost}"
+            + ("" if above is None else f", second view above {format_admission_size(above)}")
+            + ("" if window is None else f", window {format_size(window.ahead)}")
         )
 
     def admission(self, rules: Rules, window: float = _WINDOW) -> AdmissionQuestion | None:
@@ -123,7 +138,7 @@ def try_setting(
 ) -> Outcome:
     """Simulate all requests. `tick`: called with the number of requests since its last call."""
     admission = setting.admission(rules, admission_window)
-    simulation = Simulation(setting.make_policy(rules.limit), rules, admission)
+    simulation = Simulation(setting.make_policy(rules.limit), rules, admission, setting.window)
     seen = 0
     for request in requests:
         simulation.process(request)

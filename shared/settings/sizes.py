@@ -1,4 +1,4 @@
-"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024, or off; and two settings that may follow the traffic: auto, 30x, 64M."""
+"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024, or off; numbers of things; settings that may follow the traffic: auto, 30x."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ def format_size(size: int) -> str:
         if power and size and size % 1024**power == 0:
             return f"{size // 1024**power}{unit.upper()}"
     return str(size)
+
+
+def plural(number: float, noun: str) -> str:
+    """Return `1 object`, `2 objects`. `noun`: in the singular."""
+    return f"{number:.0f} {noun}{'' if number == 1 else 's'}"
 
 
 _SCHEMA = {

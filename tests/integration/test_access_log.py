@@ -54,13 +54,13 @@ async def test_both_paths_log_alike_and_include_the_size(
         for lines in by_lane.values()
     ]
     assert lasting[0] == lasting[1]
-    seen = [(line["status"], line["bytes"], line["size"], line["x_cache"]) for line in by_lane[True]]
-    assert seen == [
-        (200, SIZE, SIZE, "hit"),
-        (206, 200, SIZE, "hit"),
-        (200, 0, SIZE, "hit"),
-        (304, 0, SIZE, "hit"),
-        (206, 10, SIZE, "miss"),
+    fields = ("status", "bytes", "range_start", "size", "x_cache")
+    assert [tuple(line[name] for name in fields) for line in by_lane[True]] == [
+        (200, SIZE, None, SIZE, "hit"),
+        (206, 200, 100, SIZE, "hit"),
+        (200, 0, None, SIZE, "hit"),
+        (304, 0, None, SIZE, "hit"),
+        (206, 10, 0, SIZE, "miss"),
     ]
 
 
@@ -83,12 +83,12 @@ async def test_the_clients_address_is_logged_where_it_is_asked_for(tmp_path: Pat
         assert seen == (["2001:db8:0:1::9"] * 3 + ["127.0.0.1"] if log_clients else [None] * 4)
 
 
-async def test_a_replay_learns_the_size_from_any_part(
+async def test_a_replay_learns_the_size_and_the_first_byte_from_any_part(
     by_lane: Mapping[bool, list[Mapping[str, Any]]],
 ) -> None:
     read = [
         parse_line(json.dumps({**line, "timestamp": "2025-11-24T16:00:02.500000Z"})) for line in by_lane[True]
     ]
-    assert [(line.sent, line.size) for line in read if line is not None] == [
-        (SIZE, SIZE), (200, SIZE), (0, SIZE), (10, SIZE),
+    assert [(line.sent, line.size, line.first) for line in read if line is not None] == [
+        (SIZE, SIZE, 0), (200, SIZE, 100), (0, SIZE, None), (10, SIZE, 0),
     ]  # fmt: skip

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from distributor_node.services.api.dashboard.feed import Feed
+from distributor_node.services.api.dashboard.server import DashboardServer
 from distributor_node.services.api.operator.explain import ObjectExplainer, in_words
 from distributor_node.shared.domain.eviction import POLICY_NAMES
 from distributor_node.shared.domain.eviction.policy import NO_BASIS, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Access, IndexEntry, PolicyState
+from distributor_node.shared.settings.model import DashboardSettings
+from distributor_node.shared.waiting import background
+from tests.end_to_end.client import get
 from tests.integration.evictor_harness import (
     LIMIT,
     SIZE,
@@ -174,3 +180,31 @@ async def test_states_of_objects_that_are_not_stored(harness: EvictorHarness) ->
     await harness.store("four")
     harness.path_of("four").unlink()
     assert (await explain(harness, "four"))["state"] == "missing"
+
+
+class NumbersOnly:
+    """As the catalog of the chain."""
+
+    def can_have(self, object_id: ObjectId) -> bool:
+        return object_id.isdigit()
+
+    async def look_up(self, object_id: ObjectId) -> None:
+        """Nothing is there."""
+
+
+async def test_the_page_calls_an_id_malformed_that_the_catalog_cannot_have(harness: EvictorHarness) -> None:
+    await reconciled(harness)
+    await harness.store("kept")
+    context = cast("Any", SimpleNamespace(catalog=NumbersOnly()))
+    feed = Feed(context, cast("Any", None), cast("Any", None), explainer_of(harness))
+    server = DashboardServer(DashboardSettings(port=0), feed, harness.state, lambda: None)
+    async with background(server.run(), name="dashboard"):
+        await eventually(lambda: server.port is not None)
+        page = f"http://127.0.0.1:{server.port}/explain.json?id="
+        answers = {name: await get(page + name) for name in ("abc", "..", "7", "kept")}
+    assert [answer.status for answer in answers.values()] == [400, 400, 200, 200]
+    assert answers["abc"].json() == {
+        "message": "malformed object id: this node's catalog has no such ids, got 'abc'"
+    }
+    assert answers["7"].json()["words"][-1] == "The catalog says that it does not exist."
+    assert answers["kept"].json()["state"] == "stored", "what is here is explained, whatever its id"

@@ -9,7 +9,8 @@ from random import Random
 import pytest
 
 from benchmarks.policy_families import run_family, summary
-from benchmarks.traces import FAMILIES, Trace
+from benchmarks.policy_windows import COLUMNS, CURVES, FETCHES, SETTINGS, rows, run_curve, verdicts
+from benchmarks.traces import FAMILIES, Parameters, Trace, ViewingCurve
 from distributor_node.services.replay.comparison import OTHER_POLICIES, Arc, S3Fifo, Sieve, TinyLfu
 from distributor_node.services.replay.scenarios import Setting
 from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
@@ -118,3 +119,54 @@ def test_the_nodes_policy_is_near_the_best_in_both_columns() -> None:
     cells = [run_family(family, 20_000, 0.1, 1) for family in ("ours", "images")]
     assert all(cell.within for cell in cells), [cell.line() for cell in cells]
     assert summary(cells).startswith("2 of 2 cells (100%)")
+
+
+def test_a_viewing_curve_is_read_between_its_points() -> None:
+    curve = ViewingCurve(((0, 0), (0.5, 0.2), (0.75, 0.9), (0.75, 1.0), (1, 1)))
+    assert [curve.share(viewer) for viewer in (0.0, 0.25, 0.625, 0.75, 0.99)] == pytest.approx(
+        [0.0, 0.1, 0.55, 1.0, 1.0]
+    )
+    assert curve.mean == pytest.approx(0.5 * 0.1 + 0.25 * 0.55 + 0.25)
+
+
+def test_curves_are_as_published() -> None:
+    """The shares of viewers who finish, and of those who watch less than so much of a video."""
+    finished = {
+        name: 1 - max(at for at, share in curve.points if share < 1) for name, curve in CURVES.items()
+    }
+    assert finished == pytest.approx({"a third finish": 0.37, "half finish": 0.5, "most look in": 0.2})
+    assert CURVES["a third finish"].share(0.5) == pytest.approx(0.4)
+    assert CURVES["most look in"].share(0.6) == pytest.approx(0.2)
+
+
+def test_viewers_leave_as_the_curve_says() -> None:
+    curve = CURVES["most look in"]
+    trace = Trace(Parameters(views=20_000, viewing_curve=curve))
+    ends: dict[tuple[str, float], float] = {}
+    began: dict[str, float] = {}
+    for request in trace.requests():
+        assert request.first + request.sent <= request.size
+        if request.size > 16_000_000:
+            if request.first == 0:
+                began[request.object_id] = request.at
+            key = (request.object_id, began[request.object_id])
+            ends[key] = max(ends.get(key, 0.0), (request.first + request.sent) / request.size)
+    assert len(ends) > 400
+    assert sum(ends.values()) / len(ends) == pytest.approx(curve.mean, abs=0.06)
+
+
+def test_a_window_saves_bytes_and_costs_no_hits() -> None:
+    """A small trace: what it must show on a large one is for `make bench-policies` to say."""
+    runs = [run_curve("most look in", 20_000, 1)]
+    for setting in SETTINGS:
+        whole, window = (runs[0][setting, fetched] for fetched in FETCHES)
+        assert window.outcome.bytes_from_sources < 0.7 * whole.outcome.bytes_from_sources
+        assert window.outcome.bytes_written < 0.7 * whole.outcome.bytes_written
+        assert window.outcome.object_hit_ratio > whole.outcome.object_hit_ratio - 0.005
+        assert whole.outcome.bytes_sent == window.outcome.bytes_sent
+        assert window.mean_used <= window.peak_used <= 1
+    assert len(rows("most look in", runs)) == len(SETTINGS) * len(FETCHES)
+    assert all(line.count("|") == len(COLUMNS) + 4 for line in rows("most look in", runs))
+    sources, hits = verdicts("most look in", runs)
+    assert sources.endswith("MISSED |"), "there are few views of each video in a small trace"
+    assert hits.endswith("met |")

@@ -11,6 +11,7 @@ from distributor_node.services.api.dashboard.feed import DownloadProgress, Growt
 from distributor_node.services.api.operator.explain import in_words
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import EvictionReason
+from distributor_node.shared.settings.sizes import plural
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
 
@@ -136,3 +137,17 @@ class TestInWords:
         assert in_words(explained(state="failed", failure=failure), None, None)[1] == (
             "The last fetch failed: all sources failed. It may be fetched again in 30 s."
         )
+
+
+def test_one_of_a_kind_is_told_in_the_singular() -> None:
+    assert (plural(1, "object"), plural(2.0, "object")) == ("1 object", "2 objects")
+    assert (
+        in_words(
+            explained(
+                state="stored", size=1, views=1, lastAccess=time.time(), objectsBefore=1, bytesBefore=10
+            ),
+            None,
+            None,
+        )[-1]
+        == "1 object (10 B) would be evicted before it."
+    )

@@ -19,6 +19,7 @@ from distributor_node.services.api.operator.auth import (
     SignedRequest,
     authenticate,
     same_json,
+    weak_secret,
 )
 from tests.servers.operator_token import SECRET, sign
 
@@ -53,6 +54,18 @@ def test_a_valid_token_is_accepted(scheme: str) -> None:
 @pytest.mark.parametrize("age", [-CLOCK_SKEW, 0, 1, MAX_TOKEN_AGE])
 def test_a_token_of_any_valid_age_is_accepted(age: float) -> None:
     assert ask(token(iat=NOW - age)) == BODY
+
+
+def test_a_short_secret_is_named_once_and_works() -> None:
+    """The library would warn at each request, in its own words."""
+    short = "sixteen-letters!"
+    assert weak_secret(short) == (
+        "operator_api.secret: expected at least 32 bytes (RFC 7518, section 3.2), got 16"
+    )
+    assert weak_secret("ä" * 16) is None, "bytes count"
+    with pytest.warns(jwt.InsecureKeyLengthWarning):
+        signed = jwt.encode({"iat": int(NOW), "reqUrl": URL, "reqBody": BODY}, short, algorithm="HS256")
+    assert authenticate(SignedRequest([f"bearer {signed}"], URL, json.dumps(BODY).encode()), short, NOW)
 
 
 def test_no_body_is_an_empty_object() -> None:

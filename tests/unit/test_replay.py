@@ -65,20 +65,24 @@ def ours(**changes: object) -> str:
 @pytest.mark.parametrize(
     ("line", "meaning"),
     [
-        (ours(), LogLine(AT, ObjectId("42"), 1000, whole=True, cache="hit")),
+        (ours(), LogLine(AT, ObjectId("42"), 1000, whole=True, cache="hit", first=0)),
         (ours(status=206, bytes=7), LogLine(AT, ObjectId("42"), 7, cache="hit")),
-        (ours(cut="client_gone"), LogLine(AT, ObjectId("42"), 1000, cache="hit")),
-        (ours(size=9999), LogLine(AT, ObjectId("42"), 1000, size=9999, whole=True, cache="hit")),
-        (json.dumps(CADDY), LogLine(AT, ObjectId("42"), 100, size=5000, cache="miss")),
-        (COMBINED, LogLine(AT, ObjectId("42"), 1000, whole=True)),
-        (COMBINED.replace("16:00:00 +0000", "18:00:00 +0200"), LogLine(AT, ObjectId("42"), 1000, whole=True)),
+        (ours(status=206, bytes=7, range_start=50), LogLine(AT, ObjectId("42"), 7, cache="hit", first=50)),
+        (ours(cut="client_gone"), LogLine(AT, ObjectId("42"), 1000, cache="hit", first=0)),
+        (ours(size=9999), LogLine(AT, ObjectId("42"), 1000, size=9999, whole=True, cache="hit", first=0)),
+        (json.dumps(CADDY), LogLine(AT, ObjectId("42"), 100, size=5000, cache="miss", first=0)),
+        (json.dumps(CADDY).replace("0-99/", "300-399/"),
+         LogLine(AT, ObjectId("42"), 100, size=5000, cache="miss", first=300)),
+        (COMBINED, LogLine(AT, ObjectId("42"), 1000, whole=True, first=0)),
+        (COMBINED.replace("16:00:00 +0000", "18:00:00 +0200"),
+         LogLine(AT, ObjectId("42"), 1000, whole=True, first=0)),
         (COMBINED.replace(" 200 1000", " 206 17"), LogLine(AT, ObjectId("42"), 17)),
         (COMBINED.replace(" 200 1000", " 304 -"), LogLine(AT, ObjectId("42"), 0, not_modified=True)),
-        (f"{AT},42,1000", LogLine(AT, ObjectId("42"), 1000, size=1000)),
+        (f"{AT},42,1000", LogLine(AT, ObjectId("42"), 1000, size=1000, first=0)),
         (f"{AT},42,1000,10", LogLine(AT, ObjectId("42"), 10, size=1000)),
-        ("2025-11-24T16:00:00Z, 42, 1000", LogLine(AT, ObjectId("42"), 1000, size=1000)),
+        ("2025-11-24T16:00:00Z, 42, 1000", LogLine(AT, ObjectId("42"), 1000, size=1000, first=0)),
     ],
-)
+)  # fmt: skip
 def test_lines_of_every_format(line: str, meaning: LogLine) -> None:
     assert parse_line(line + "\n") == meaning
 
@@ -115,6 +119,7 @@ def test_lines_about_something_else(line: str) -> None:
             ours(bytes="x"),
         ),
         *(f"{AT},42,{2**63}", f"{AT},42,10,-1", f"{AT},42,10,{2**63}", f"{AT},42,{'9' * 30}"),
+        *(ours(status=206, range_start=-1), ours(status=206, range_start=2**63 - 1, bytes=1)),
         *(ours(size=2**63), ours(size=-1), ours(bytes=-1), COMBINED.replace(" 200 1000", f" 206 {2**64}")),
     ],
 )
@@ -145,7 +150,7 @@ def test_a_size_too_large_for_any_disk_is_one_unreadable_line(tmp_path: Path) ->
     log.write_text(f"{AT},1,1000\n{AT + 1},2,{2**63}\n{AT + 2},3,1000,-5\n{AT + 3},1,1000\n")
     done = CliRunner().invoke(app, ["replay", str(log), "--size", "1M"])
     assert done.exit_code == 0, done.output
-    assert "2 requests for 1 objects" in done.output
+    assert "2 requests for 1 object (" in done.output
     assert "2 unreadable" in done.output
 
 

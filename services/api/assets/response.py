@@ -34,7 +34,7 @@ from distributor_node.services.api.protocol import end_chunked_head_response
 from distributor_node.services.api.request_log import observe_first_byte, request_record
 from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.adapters.volume.layout import object_path
-from distributor_node.shared.domain.conditionals import Conditions
+from distributor_node.shared.domain.conditionals import Conditions, parse_content_range
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.peers import HopKind, PeerUse
 from distributor_node.shared.observability.logging import OncePerKey
@@ -369,6 +369,9 @@ class ResponseWriter:
         wanted = requested_disposition(query, usual) if query and usual is not None else None
         headers = head.headers if wanted is None else {**head.headers, "Content-Disposition": wanted}
         response = _AssetResponse(body, status=head.status, headers=headers)
+        if head.status == HTTPStatus.PARTIAL_CONTENT:
+            given = parse_content_range(head.headers.get("Content-Range", ""))
+            request_record(self._request).range_start = None if given is None else given[0].first
         self._response = await self._request.respond(response)
         return response
 

@@ -19,7 +19,12 @@ from distributor_node.services.api.dashboard.history import STEP, CounterSum, Hi
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.operator.explain import ObjectExplainer, in_words, removal_reason
 from distributor_node.services.api.status import UsageReader
-from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.errors import (
+    CatalogUnavailable,
+    InvalidInput,
+    StateStoreUnavailable,
+    VolumeError,
+)
 from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.domain.source_order import rank
@@ -31,6 +36,7 @@ from distributor_node.shared.runtime.process_reports import (
     ReportedProcess,
     read_reports,
 )
+from distributor_node.shared.settings.sizes import plural
 from distributor_node.shared.waiting import cancel_and_wait
 
 MAX_DOWNLOADS, MAX_QUEUED, MAX_SOURCES, MAX_VIEWERS, MAX_PROCESSES = 40, 20, 50, 50, 100
@@ -364,8 +370,11 @@ class Feed:
     # One object
 
     async def explain(self, object_id: ObjectId) -> dict[str, Any]:
-        """Why it is here, or why not, in sentences and in fields. Raises StateStoreUnavailable."""
+        """Why it is here, or why not, in sentences and in fields. Raises StateStoreUnavailable, and InvalidInput for an
+        id that requests for objects are refused for, if nothing is known of it."""
         explained = await self._explainer.explain(object_id)
+        if explained["state"] == "absent" and not self._context.catalog.can_have(object_id):
+            raise InvalidInput(f"malformed object id: this node's catalog has no such ids, got {object_id!r}")
         known = self._removed.get(object_id)
         removed = None if known is None else known.model_dump(exclude_none=True)
         catalog = None
@@ -389,7 +398,8 @@ class Feed:
             return "The catalog says that it has not been uploaded yet."
         if found.size is not None and found.size > context.settings.storage.largest_cached_size:
             return "It is larger than the largest object that this node caches, so it is always proxied."
-        return f"The catalog knows it, at {len(found.sources)} sources: the first request fetches it."
+        sources = plural(len(found.sources), "source")
+        return f"The catalog knows it, at {sources}: the first request fetches it."
 
 
 class ProblemTimes:

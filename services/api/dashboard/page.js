@@ -263,13 +263,13 @@ function sources(list) {
   if (!list.length) return make("p", { class: "muted" }, "No source has been asked yet.");
   const head = (words, kind = "") => make("th", { scope: "col", class: kind }, words);
   return make("table", { class: "table" },
-    make("thead", {}, make("tr", {}, head("Rank"), head("Source"), head("State"), head("First byte, last ten"), head("Received", "number"), head("Requests", "number"), head("Failures"))),
+    make("thead", {}, make("tr", {}, head("Rank"), head("Source"), head("State"), head("First byte, last ten, of probes too"), head("Received", "number"), head("Requests", "number"), head("Failures"))),
     make("tbody", {}, list.map((one) => {
       const [kind, words] = sourceState(one), failures = Object.entries(one.failures).filter(([, count]) => count);
       const mean = one.firstBytes.reduce((sum, value) => sum + value, 0) / one.firstBytes.length;
       return make("tr", {},
         make("td", {}, String(one.rank)), make("td", { class: "mono" }, one.name), make("td", { class: kind }, words),
-        make("td", {}, one.firstBytes.length ? make("span", { class: "spark" }, sparkline(one.firstBytes), `${milliseconds(mean)} mean`) : "not known"),
+        make("td", {}, one.firstBytes.length ? make("span", { class: "spark" }, sparkline(one.firstBytes), `${milliseconds(mean)} mean${one.requests ? "" : ", of probes"}`) : "not known"),
         make("td", { class: "number" }, one.rate ? `${bytes(one.bytes)} at ${rate(one.rate)}` : bytes(one.bytes)), make("td", { class: "number" }, number(one.requests)),
         make("td", {}, failures.length ? failures.map(([reason, count]) => `${number(count)} ${reason.replaceAll("_", " ")}`).join(", ") : "none"));
     })));

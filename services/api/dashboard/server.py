@@ -230,9 +230,9 @@ class DashboardServer:
             try:
                 path, _, query = head.query.get("id", "").strip().partition("?")
                 object_id = ObjectId.parse_text(path, query)
+                return await self._as_json(lambda: self._feed.explain(object_id), with_body=with_body)
             except InvalidInput as error:
                 return _json_response(400, {"message": str(error)}, with_body=with_body)
-            return await self._as_json(lambda: self._feed.explain(object_id), with_body=with_body)
         return _response(404, "text/plain", b"not found\n", with_body=with_body)
 
     async def _as_json(self, make: Callable[[], Awaitable[object]], *, with_body: bool) -> bytes:

@@ -299,6 +299,7 @@ class FastPath:
                 prepared.cached.object_id,
                 prepared.started,
                 size=prepared.cached.size,
+                range_start=prepared.first if prepared.status == 206 else None,
                 abort_reason=abort_reason,
             )
             if self._client_of is not None:

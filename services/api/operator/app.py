@@ -21,6 +21,7 @@ from distributor_node.services.api.operator.auth import (
     AuthenticationError,
     SignedRequest,
     authenticate,
+    weak_secret,
 )
 from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries, warming_as_json
 from distributor_node.services.api.operator.explain import ObjectExplainer
@@ -229,7 +230,11 @@ async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -
         return
     commands = OperatorCommands(context.state, context.operator_state, context.catalog)
     warmer = CacheWarmer(context, holder)
-    authenticator = TokenAuthenticator(context.state, settings.secret.get_secret_value())
+    secret = settings.secret.get_secret_value()
+    weakness = weak_secret(secret)
+    if weakness is not None:
+        logger.warning("operator_secret_weak", reason=weakness)
+    authenticator = TokenAuthenticator(context.state, secret)
     queries = OperatorQueries(context.state, context.volume)
     explainer = ObjectExplainer(context.state, context.volume, context.settings.evictor)
     application = build_operator_app(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jwt
+from jwt.warnings import InsecureKeyLengthWarning
 
 ALGORITHM = "HS256"
 MAX_TOKEN_AGE, CLOCK_SKEW = 300.0, 10.0
@@ -91,14 +93,32 @@ def _bearer_token(headers: Sequence[str]) -> str:
     return token
 
 
+MIN_KEY_BYTES = 32
+"""Of a key for HS256 (RFC 7518, section 3.2). Secrets of the existing node may be shorter, and are accepted."""
+
+
+def weak_secret(secret: str) -> str | None:
+    """Return what is wrong with a secret that is shorter than it should be; None: nothing is."""
+    length = len(secret.encode())
+    if length >= MIN_KEY_BYTES:
+        return None
+    return (
+        f"operator_api.secret: expected at least {MIN_KEY_BYTES} bytes (RFC 7518, section 3.2), got {length}"
+    )
+
+
 def _decode_claims(token: str, secret: str) -> dict[str, Any]:
     try:
-        return jwt.decode(
-            token,
-            secret,
-            algorithms=[ALGORITHM],
-            options={"require": ["iat", "reqBody", "reqUrl"], "verify_iat": False},
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", InsecureKeyLengthWarning
+            )  # said once, at the start: see weak_secret
+            return jwt.decode(
+                token,
+                secret,
+                algorithms=[ALGORITHM],
+                options={"require": ["iat", "reqBody", "reqUrl"], "verify_iat": False},
+            )
     except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise AuthenticationError(f"invalid token: {type(error).__name__}") from error
 

@@ -24,6 +24,7 @@ from distributor_node.shared.ports.state_store import (
     with_views,
 )
 from distributor_node.shared.settings.model import EvictorSettings
+from distributor_node.shared.settings.sizes import plural
 
 StoredState = Literal["stored", "leaving", "missing", "unindexed", "failed", "absent"]
 
@@ -134,7 +135,7 @@ def in_words(
     before = explained["objectsBefore"]
     if before is not None:
         size = _bytes(explained["bytesBefore"])
-        others = f"{before} objects ({size}) would be evicted before it."
+        others = f"{plural(before, 'object')} ({size}) would be evicted before it."
         sentences.append(others if before else "It would be the next to be evicted.")
     if explained["failure"] is not None:
         left = _duration(explained["failure"]["secondsLeft"])
