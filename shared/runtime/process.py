@@ -47,7 +47,7 @@ def exempt_startup_from_collection() -> None:
     """Let the garbage collector pass over what exists now: modules, classes, settings. Call it once all is imported.
 
     A full collection of these takes 85 ms of CPU, and several times as long on a busy machine. All requests wait for
-    it, and it is repeated as requests leave objects behind. Young objects are looked at less often, for the same reason.
+    it, and it is repeated as requests leave objects behind. Young objects are looked at less often, see YOUNG_OBJECTS.
     """
     gc.collect()
     gc.freeze()

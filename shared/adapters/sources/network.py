@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import anyio
+import anyio.lowlevel
 import httpcore
 import httpx
 import structlog
@@ -52,7 +52,7 @@ async def make_tls_context() -> ssl.SSLContext:
 
     Also loads what the HTTP library would load in the middle of its first request, for which all others would wait.
     """
-    await anyio.sleep(0)
+    await anyio.lowlevel.checkpoint()
     context = await asyncio.to_thread(httpx.create_ssl_context)
     _contexts.add(context)
     return context
