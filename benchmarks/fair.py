@@ -3,6 +3,7 @@
     make bench-fair                             # about six minutes
     make bench-fair ARGS="--stranger-rate 400"  # a flood that leaves some of the machine to others
     make bench-fair ARGS="--only lookups"       # or downloads
+    make bench-fair ARGS="--only flood --beside 0.4"  # strangers ask another server: what sharing the CPUs costs alone
 
 Look-ups: two API workers, Redis and RabbitMQ as real processes, in front of the demo squid. Requests are HEADs: what is
 measured is the look-up alone. Downloads: see `fair_downloads.py`. Figures are counts and ratios within one run. Exit
@@ -48,13 +49,20 @@ class Bench:
     """A node and its squid. `ids` are known to the squid, each used once."""
 
     def __init__(
-        self, api: RunningService, squid_url: str, stranger_rate: float, viewer: ProcessPoolExecutor
+        self,
+        api: RunningService,
+        squid_url: str,
+        stranger_rate: float,
+        viewer: ProcessPoolExecutor,
+        strangers_url: str | None = None,
     ) -> None:
         """`stranger_rate`: requests a second of all strangers together at most; 0: as fast as they can.
 
         `viewer`: the process that asks for new objects. In that of the strangers, its answers would wait for theirs.
+        `strangers_url`: what strangers ask in place of the node.
         """
         self._viewer = viewer
+        self.strangers_url = strangers_url or api.assets_url
         self.stranger_pause = STRANGERS / stranger_rate if stranger_rate else 0.0
         self._api = api
         self._squid_url = squid_url
@@ -165,7 +173,7 @@ async def flood(bench: Bench, seconds: float) -> GoalRow:
         while not over.is_set():
             sent += 1
             with suppress(OSError, TimeoutError):
-                await bench.head(str(10**12 + number * 10**6 + sent), "198.51.100.9")
+                await head(f"{bench.strangers_url}{10**12 + number * 10**6 + sent}", "198.51.100.9")
             await asyncio.sleep(bench.stranger_pause)
 
     strangers = [asyncio.create_task(stranger(number)) for number in range(STRANGERS)]
@@ -174,7 +182,7 @@ async def flood(bench: Bench, seconds: float) -> GoalRow:
     over.set()
     await asyncio.gather(*strangers)
     starts = sorted(query["started_at"] for query in await bench.queries())
-    densest = max(sum(1 for other in starts if start <= other < start + 1) for start in starts)
+    densest = max((sum(1 for other in starts if start <= other < start + 1) for start in starts), default=0)
     quiet += await bench.ask_one_by_one(NEW_OBJECTS - len(quiet), QUIET_PAUSE)
     p95, quiet_p95 = (percentile([answer.took for answer in some], 0.95) for some in (answers, quiet))
     return GoalRow(
@@ -216,10 +224,32 @@ async def new_object(bench: Bench, _seconds: float) -> GoalRow:
     )
 
 
-CASES: tuple[Callable[[Bench, float], Any], ...] = (cold_page, many_clients, flood, new_object, hanging)
+def answer_elsewhere(port: int, delay: float) -> None:
+    """Serve in place of the node: 404 to every request, `delay` seconds late. Runs until killed."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(delay)
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            await reader.read()
+        writer.close()
+
+    async def serve() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", port, backlog=1024) as server:
+            await server.serve_forever()
+
+    asyncio.run(serve())
 
 
-def run(seconds: float, stranger_rate: float) -> list[GoalRow]:
+Case = Callable[[Bench, float], Any]
+CASES: tuple[Case, ...] = (cold_page, many_clients, flood, new_object, hanging)
+
+
+def run(
+    seconds: float, stranger_rate: float, cases: Sequence[Case] = CASES, beside: float | None = None
+) -> list[GoalRow]:
+    """`beside`: the strangers ask another server, which answers so many seconds late."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fair-")))
         port = free_port()
@@ -241,14 +271,22 @@ def run(seconds: float, stranger_rate: float) -> list[GoalRow]:
         node.start_servers()
         node.start("evictor")
         viewer = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
-        bench = Bench(node.start("api"), f"http://127.0.0.1:{port}", stranger_rate, viewer)
+        strangers_url = None
+        if beside is not None:
+            other_port = free_port()
+            elsewhere = get_context("spawn").Process(target=answer_elsewhere, args=(other_port, beside))
+            elsewhere.start()
+            stack.callback(elsewhere.kill)
+            strangers_url = f"http://127.0.0.1:{other_port}/"
+        api = node.start("api")
+        bench = Bench(api, f"http://127.0.0.1:{port}", stranger_rate, viewer, strangers_url)
 
         async def measure() -> list[GoalRow]:
             # The evictor reads the squid's list, and each API process what it has written.
             while not (node.volume / KNOWN_IDS).exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             await asyncio.sleep(POLL_INTERVAL + 1)
-            return [await case(bench, seconds) for case in CASES]
+            return [await case(bench, seconds) for case in cases]
 
         return asyncio.run(measure())
 
@@ -262,10 +300,24 @@ def main() -> int:
         default=0.0,
         help="requests a second of all strangers at most (default: as fast as they can)",
     )
-    parser.add_argument("--only", choices=("lookups", "downloads"), help="one half (default: both)")
+    parser.add_argument(
+        "--beside",
+        type=float,
+        metavar="SECONDS",
+        help="the strangers ask another server, which answers each so late: what sharing the machine costs alone",
+    )
+    parser.add_argument(
+        "--only",
+        choices=("lookups", "flood", "downloads"),
+        help="a part (default: all of look-ups and downloads)",
+    )
     options = parser.parse_args()
-    rows = [] if options.only == "downloads" else run(options.seconds, options.stranger_rate)
-    rows += [] if options.only == "lookups" else asyncio.run(fair_downloads.measure())
+    rows: list[GoalRow] = []
+    if options.only != "downloads":
+        cases = (flood,) if options.only == "flood" else CASES
+        rows += run(options.seconds, options.stranger_rate, cases, options.beside)
+    if options.only in (None, "downloads"):
+        rows += asyncio.run(fair_downloads.measure())
     print("| case | result | goal | met |", "|---|---|---|---|", sep="\n")
     for row in rows:
         print(f"| {row.case} | {row.result} | {row.goal} | {'yes' if row.met else 'NO'} |")

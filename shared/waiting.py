@@ -56,29 +56,18 @@ class Backoff:
         await asyncio.sleep(self.next_delay())
 
 
-TURN_BYTES = 256 * 1024
-"""Bytes of streamed bodies that one turn of the event loop handles. One read of a connection brings at most as many."""
-_LEAST_COST = 32 * 1024  # a small piece takes nearly as long as a large one
+class Turns:
+    """Bounds how much work begins in one turn of the event loop, so that what else waits for the loop gets its turn."""
 
-
-class TurnBudget:
-    """Bounds the bytes of streamed bodies that one turn of the event loop handles, over all streams that share it.
-
-    Two hundred streams would otherwise each handle a piece in the same turn, and every other request would wait for all
-    of them. A single stream is not slowed: it gets its pieces from the loop one turn at a time in any case.
-    """
-
-    def __init__(self, turn_bytes: int = TURN_BYTES) -> None:
-        self._turn_bytes = self._left = turn_bytes
+    def __init__(self, room: int, seconds: float = 0.0) -> None:
+        """`room`: units of work in a turn. `seconds`: the next ones begin so much later, and not in the next turn."""
+        self._room = self._left = room
+        self._seconds = seconds
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
         self._refilling = False
 
-    async def take(self, size: int) -> None:
-        """Wait until a turn has room for `size` bytes, in the order of the calls.
-
-        A piece larger than a turn has one for itself.
-        """
-        cost = min(max(size, _LEAST_COST), self._turn_bytes)
+    async def take(self, cost: int = 1) -> None:
+        """Wait until there is room for `cost` units, at most those of a turn, in the order of the calls."""
         if not self._waiting and cost <= self._left:
             self._spend(cost)
             return
@@ -90,12 +79,16 @@ class TurnBudget:
         self._left -= cost
         if not self._refilling:
             self._refilling = True
-            asyncio.get_running_loop().call_soon(self._refill)
+            loop = asyncio.get_running_loop()
+            if self._seconds:
+                loop.call_later(self._seconds, self._refill)
+            else:
+                loop.call_soon(self._refill)
 
     def _refill(self) -> None:
-        """Begin a turn. Streams that were cancelled while they waited are passed over."""
+        """Begin a turn. What was cancelled while it waited is passed over."""
         self._refilling = False
-        self._left = self._turn_bytes
+        self._left = self._room
         while self._waiting:
             admitted, cost = self._waiting[0]
             if not admitted.done():
@@ -104,6 +97,41 @@ class TurnBudget:
                 self._spend(cost)
                 admitted.set_result(None)
             self._waiting.popleft()
+
+
+TURN_BYTES = 256 * 1024
+"""Bytes of streamed bodies that one turn of the event loop handles. One read of a connection brings at most as many."""
+_LEAST_COST = 32 * 1024  # a small piece takes nearly as long as a large one
+REQUEST_SPACING = 0.002
+"""Seconds between the begins of two requests to sources."""
+
+
+class TurnBudget:
+    """Bounds the work that one turn of the event loop does for streamed bodies, over all streams that share it.
+
+    Two hundred streams would otherwise each handle a piece in the same turn, and every other request would wait for all
+    of them. A single stream is not slowed: it gets its pieces from the loop one turn at a time in any case.
+    """
+
+    def __init__(self, turn_bytes: int = TURN_BYTES) -> None:
+        self._turn_bytes = turn_bytes
+        self._pieces, self._requests = Turns(turn_bytes), Turns(1, REQUEST_SPACING)
+
+    async def take(self, size: int) -> None:
+        """Wait until a turn has room for `size` bytes, in the order of the calls.
+
+        A piece larger than a turn has one for itself.
+        """
+        await self._pieces.take(min(max(size, _LEAST_COST), self._turn_bytes))
+
+    async def take_request(self) -> None:
+        """Wait until a request to a source may begin, in the order of the calls.
+
+        Most of its work (connect, send, read the head, begin the response) comes when the source has answered, and two
+        hundred sources may answer in one turn. It is spread by the time between the begins, which is about as long as
+        this work.
+        """
+        await self._requests.take()
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:

@@ -37,7 +37,7 @@ from sanic_routing.route import Route
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN, preflight_headers
-from distributor_node.services.api.protocol import ApiHttp
+from distributor_node.services.api.protocol import REQUESTS_PER_TURN, ApiHttp
 from distributor_node.services.api.request_log import (
     ASSET_ROUTE,
     asset_attributes,
@@ -57,6 +57,7 @@ from distributor_node.shared.domain.peers import HOP_HEADER
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 from distributor_node.shared.settings.model import PublicApi
+from distributor_node.shared.waiting import Turns
 
 MAX_BODY_BYTES = 64 * 1024
 """Limit for request bodies. The public API reads and ignores them."""
@@ -170,6 +171,7 @@ def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApp
         request_class=ApiRequest,
         configure_logging=False,
     )
+    application.ctx.request_turns = Turns(REQUESTS_PER_TURN)
     # Tells Sanic that only HTTP/1.1 is served. Otherwise every response carries an empty Alt-Svc.
     application.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
     return application

@@ -203,11 +203,20 @@ class Connections(set[PublicProtocol]):
         return True
 
 
+ACCEPTED_AT_ONCE = 4
+"""Connections that one turn of the event loop accepts, or more if its turns are long."""
+_CONNECTION_SECONDS = (
+    0.0002  # about the time that the loop takes until a new connection waits for its first request
+)
+
+
 class AcceptLoop:
-    """Accepts every queued connection in one turn of the event loop.
+    """Accepts the queued connections, some in each turn of the event loop.
 
     The loop's own server accepts one connection per turn, and each turn also serves all connected clients. When a
-    thousand clients connect at once, the last of them would wait for a thousand turns, which takes seconds.
+    thousand clients connect at once, the last of them would wait for a thousand turns, which takes seconds. All of them
+    in one turn are a piece of work for which the connected clients would wait. So a turn accepts ACCEPTED_AT_ONCE
+    connections, or as many as take about as long as the turn before: at most half of the loop's time is for accepting.
     """
 
     def __init__(
@@ -231,6 +240,7 @@ class AcceptLoop:
         self._backlog = backlog
         self._tasks: set[asyncio.Task[None]] = set()
         self._resume_timer: asyncio.TimerHandle | None = None
+        self._left_queued_at: float | None = None  # when the last turn accepted as many as it may
         listen_unless_listening(listener, backlog)
         self._start()
 
@@ -253,19 +263,28 @@ class AcceptLoop:
             self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
             return
         self._pause_log.succeeded()
-        self._loop.add_reader(self.listener.fileno(), self._accept)
+        self._loop.add_reader(self.listener.fileno(), self._accept_in_turn)
 
     def accept_queued(self) -> None:
         """Accept the connections that are queued now."""
-        self._accept()
+        self._accept(self._backlog)
 
-    def _accept(self) -> None:
-        """Accept what is queued, at most `backlog` connections, so that other callbacks get their turn."""
-        for _ in range(self._backlog):
+    def _accept_in_turn(self) -> None:
+        """Accept some of what is queued. The socket stays readable, so the next turn goes on."""
+        most, now = ACCEPTED_AT_ONCE, time.monotonic()
+        if self._left_queued_at is not None:
+            most = max(most, int((now - self._left_queued_at) / _CONNECTION_SECONDS))
+        self._left_queued_at = None
+        if self._accept(min(most, self._backlog)):
+            self._left_queued_at = time.monotonic()
+
+    def _accept(self, most: int) -> bool:
+        """Accept up to `most` connections. Returns whether more may be queued."""
+        for _ in range(most):
             try:
                 connection, _ = self.listener.accept()
             except (BlockingIOError, InterruptedError):
-                return
+                return False
             except ConnectionError:
                 continue  # the client left before it was accepted
             except OSError as error:
@@ -275,7 +294,7 @@ class AcceptLoop:
                 ):  # another worker has stopped the inherited socket: soon, so do we
                     logger.error("accept_failed", reason=error.strerror)
                 self._pause()
-                return
+                return False
             self.accepted_count += 1
             connection.setblocking(False)
             task = self._loop.create_task(self._connect(connection))
@@ -285,7 +304,8 @@ class AcceptLoop:
             if self._ceiling is not None and connection.fileno() >= self._ceiling:
                 self._pause_log.failed(f"{self._ceiling} descriptors are open; the rest is for work")
                 self._pause()
-                return
+                return False
+        return True
 
     def _pause(self) -> None:
         self._loop.remove_reader(self.listener.fileno())

@@ -6,14 +6,16 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distributor_node.services.api.assets.handler import AssetHandler
 from distributor_node.services.api.assets.response import CHUNK_BYTES, UNSENT_LIMIT, ResponseWriter
-from distributor_node.shared.waiting import TURN_BYTES, TurnBudget
+from distributor_node.services.api.protocol import REQUESTS_PER_TURN
+from distributor_node.shared.waiting import REQUEST_SPACING, TURN_BYTES, TurnBudget
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
 
@@ -113,6 +115,48 @@ async def test_little_is_got_for_a_client_that_reads_nothing(tmp_path: Path, tur
                 await asyncio.sleep(1.0)
     # The transport takes a piece while it holds less than 64 KiB, and the kernel one beyond its limit.
     assert sent <= UNSENT_LIMIT + 3 * CHUNK_BYTES
+
+
+async def test_the_framework_begins_a_few_requests_in_each_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, handle = Turns(), AssetHandler.handle
+
+    async def counting(handler: AssetHandler, request: Any, object_id: Any) -> None:
+        counted.count(1)
+        await handle(handler, request, object_id)
+
+    monkeypatch.setattr(AssetHandler, "handle", counting)
+    loop = asyncio.get_running_loop()
+    async with assets_harness(tmp_path) as harness:
+        with ExitStack() as opened, counted.numbered():
+            clients = [opened.enter_context(socket.socket()) for _ in range(CLIENTS)]
+            for client in clients:
+                client.setblocking(False)
+                await loop.sock_connect(client, ("127.0.0.1", harness.port))
+            for client in clients:
+                client.send(b"HEAD /api/v1/assets/7 HTTP/1.1\r\nHost: node\r\n\r\n")
+            for client in clients:
+                assert (await loop.sock_recv(client, 4 * KIB)).startswith(b"HTTP/1.1 404 ")
+    assert counted.total == CLIENTS
+    assert counted.most <= 2 * REQUESTS_PER_TURN
+
+
+async def test_requests_to_sources_begin_one_after_the_other() -> None:
+    budget = TurnBudget()
+    begun: list[float] = []
+
+    async def ask() -> None:
+        await budget.take_request()
+        begun.append(asyncio.get_running_loop().time())
+
+    asking = [asyncio.create_task(ask()) for _ in range(20)]
+    await asyncio.sleep(0)
+    assert len(begun) == 1
+    await budget.take(TURN_BYTES)  # the streams that are there do not wait for them
+    assert len(begun) < len(asking)
+    await asyncio.wait(asking)
+    assert begun[-1] - begun[0] >= REQUEST_SPACING * len(asking) / 4  # timers count in milliseconds
 
 
 async def test_streams_get_their_turns_in_order_and_a_cancelled_one_takes_none() -> None:

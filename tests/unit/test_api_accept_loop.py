@@ -7,13 +7,15 @@ import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 import distributor_node.services.api.server as server_module
 from distributor_node.services.api.listen import ListenAddress, bind
-from distributor_node.services.api.server import AcceptLoop
+from distributor_node.services.api.server import ACCEPTED_AT_ONCE, AcceptLoop
+from tests.waiting import eventually
 
 CROWD = 200
 
@@ -55,16 +57,39 @@ async def listen() -> AsyncIterator[Callable[[socket.socket], AcceptLoop]]:
         accept_loop.close()
 
 
-async def test_simultaneous_clients_are_accepted_together(
+class SlowClock:
+    """In place of `time`: shows that each turn has taken this many seconds."""
+
+    def __init__(self, turn: float) -> None:
+        self._turn, self._now = turn, 0.0
+
+    def monotonic(self) -> float:
+        self._now += self._turn
+        return self._now
+
+
+@pytest.mark.parametrize(("turn", "at_once"), [(0.0, ACCEPTED_AT_ONCE), (0.01, 50)])
+async def test_simultaneous_clients_are_accepted_some_in_each_turn(
     listen: Callable[[socket.socket], AcceptLoop],
+    monkeypatch: pytest.MonkeyPatch,
+    turn: float,
+    at_once: int,
 ) -> None:
+    """Long turns serve many others. To accept more in each of them takes no more than half of the time."""
+    monkeypatch.setattr(server_module, "time", SlowClock(turn))
     bound = bind(ListenAddress("127.0.0.1", 0))
     bound.listen(1024)
     clients = [socket.create_connection(bound.getsockname()) for _ in range(CROWD)]
-    listen(bound)
-    for _ in range(5):
+    accept_loop = listen(bound)
+    counts = [0]
+    while counts[-1] < CROWD:
         await asyncio.sleep(0)
-    assert Greeter.made == CROWD
+        if accept_loop.accepted_count != counts[-1]:
+            counts.append(accept_loop.accepted_count)
+    steps = [after - before for before, after in pairwise(counts)]
+    assert steps[0] == ACCEPTED_AT_ONCE
+    assert max(steps[1:]) == at_once
+    await eventually(lambda: Greeter.made == CROWD)
     for client in clients:
         client.settimeout(60)
         assert await asyncio.to_thread(client.recv, 100) == b"hello 1"

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from distributor_node.shared.runtime.process import YOUNG_OBJECTS
+
 _SCRIPT = """
 import asyncio, gc, json, sys
 from contextlib import AsyncExitStack
@@ -15,7 +17,8 @@ from distributor_node.shared.runtime.run_service import ServiceScope
 from distributor_node.shared.settings.model import Settings
 
 async def serve_api(*_, **__):
-    print(json.dumps({"passed_over": gc.get_freeze_count(), "left": len(gc.get_objects())}))
+    counted = {"passed_over": gc.get_freeze_count(), "left": len(gc.get_objects()), "young": gc.get_threshold()[0]}
+    print(json.dumps(counted))
 
 async def main():
     service.serve_api = serve_api
@@ -45,3 +48,4 @@ def test_a_full_collection_passes_over_what_the_start_has_made(tmp_path: Path) -
     assert ran.returncode == 0, ran.stderr
     counted = json.loads(ran.stdout.splitlines()[-1])
     assert counted["passed_over"] > 10 * counted["left"], counted
+    assert counted["young"] == YOUNG_OBJECTS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +29,7 @@ from distributor_node.shared.domain.errors import AllSourcesFailed
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, source_name
 from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability.metrics import SOURCE_FAILURES, source_label
-from distributor_node.shared.waiting import TURN_BYTES, TurnBudget, cancel_and_wait
+from distributor_node.shared.waiting import TurnBudget, cancel_and_wait
 
 MAX_SMALL_RANGE = UNVERIFIED_TAIL_BYTES
 """The longest range that is answered from a passage, in bytes."""
@@ -99,6 +99,12 @@ class _Reading:
     task: asyncio.Task[Passage]
     waiting: int = 0
     is_whole: bool = False  # the passage will be the whole object
+    arrived: _Received | None = None  # what is there of a range, if nothing of it can be verified
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # replaced at each change
+
+    def notify(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
 
 
 @dataclass(slots=True)
@@ -110,6 +116,13 @@ class _Received:
     data: bytearray = field(default_factory=bytearray)
     media_type: str | None = None
     validators: Validators = NO_VALIDATORS
+
+    def passage(self, *, verified: bool = False) -> Passage:
+        return Passage(self.first, self.data, self.media_type, self.validators, verified=verified)
+
+
+PassOn = Callable[[Passage], Awaitable[None]]
+"""Is given what has arrived of a range, whenever more has."""
 
 
 class _NoRoom(Exception):
@@ -290,16 +303,23 @@ class Passages:
         return await self._read_once(media_object, sources)
 
     async def read_range(
-        self, media_object: MediaObject, sources: Sequence[str], span: Span
+        self, media_object: MediaObject, sources: Sequence[str], span: Span, pass_on: PassOn | None = None
     ) -> Passage | None:
         """Read the span. It is not kept, unless a source ignores the range: then what it sends is kept instead.
 
         That is verified if it is the whole object. None: there is no room.
+
+        `pass_on`: a range that a source sends as it was asked for is given on while it arrives, since it is not
+        verified: from a slow source it takes seconds.
         """
-        return await self._read_once(media_object, sources, span)
+        return await self._read_once(media_object, sources, span, pass_on)
 
     async def _read_once(
-        self, media_object: MediaObject, sources: Sequence[str], span: Span | None = None
+        self,
+        media_object: MediaObject,
+        sources: Sequence[str],
+        span: Span | None = None,
+        pass_on: PassOn | None = None,
     ) -> Passage | None:
         """Read a passage, or wait for the reading of an equal one. Without `span` it is the tail.
 
@@ -317,9 +337,11 @@ class Passages:
             if not self._make_room(_room_of(end - first)):
                 return None
             work = self._read(key, media_object, sources)
-            reading = self._readings[key] = _Reading(end - first, asyncio.create_task(work, name="passage"))
+            reading = _Reading(end - first, asyncio.create_task(work, name="passage"))
+            reading.task.add_done_callback(lambda _, ended=reading: ended.notify())
+            self._readings[key] = reading
         try:
-            return await self._result(reading)
+            return await self._result(reading, pass_on)
         except _NoRoom:
             return None
         except _WholeIsBeingRead:
@@ -333,12 +355,16 @@ class Passages:
                 return reading
         return None
 
-    async def _result(self, reading: _Reading) -> Passage:
+    async def _result(self, reading: _Reading, pass_on: PassOn | None = None) -> Passage:
         """Wait for a reading. It is cancelled when the last one that waits for it leaves."""
         task = reading.task
         reading.waiting += 1
         try:
-            await asyncio.wait({task})
+            while not task.done():
+                changed = reading.changed
+                if reading.arrived is not None and pass_on is not None:
+                    await pass_on(reading.arrived.passage())
+                await changed.wait()
             return task.result()
         finally:
             reading.waiting -= 1
@@ -369,13 +395,7 @@ class Passages:
             received = _Received(key.first)
             verifiable = await self._receive(key, reading, media_object, left, received, preference)
             if verifiable is not False:
-                return Passage(
-                    received.first,
-                    received.data,
-                    received.media_type,
-                    received.validators,
-                    verified=verifiable is True,
-                )
+                return received.passage(verified=verifiable is True)
             report_corruption(self._reader, key.object_id, received.contributors)
             preference = Preference(peers=PeerUse.NONE)
             if received.contributors <= set(left):  # else a peer may have sent the wrong bytes
@@ -431,6 +451,9 @@ class Passages:
                 hasher.update(chunk.data)
                 received.data += memoryview(chunk.data)[max(0, received.first - chunk.offset) :]
                 end = chunk.offset + len(chunk.data)
+                if not key.is_tail and reading.length == key.end - key.first:
+                    reading.arrived = received
+                    reading.notify()
         return hasher.digest() == key.content_hash.digest if (begin, end) == (0, key.size) else None
 
     async def follow(
@@ -490,7 +513,7 @@ class Passages:
 
         key = stream.key
         try:
-            await self._turns.take(TURN_BYTES)  # as for every request to a source
+            await self._turns.take_request()
             async with aclosing(
                 self._reader.stream(media_object, key.first, key.end - 1, sources, on_source)
             ) as chunks:

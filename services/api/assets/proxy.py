@@ -40,7 +40,7 @@ from distributor_node.shared.domain.http_caching import (
 from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject
 from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS
-from distributor_node.shared.waiting import TURN_BYTES, background, wait_event
+from distributor_node.shared.waiting import background, wait_event
 
 _HASH_CHUNK = 1024 * 1024
 _SOURCE_FAILED = "source_failed"
@@ -188,7 +188,9 @@ class Proxy:
             if self._is_verified(media_object, span):
                 passage = await self.passages.read_tail(media_object, sources)
             else:
-                passage = await self.passages.read_range(media_object, sources, span)
+                passage = await self.passages.read_range(
+                    media_object, sources, span, lambda arrived: self._send_arrived(proxied, arrived)
+                )
         except AllSourcesFailed as error:
             if error.ranges_ignored:
                 self.passages.note_ranges_ignored(media_object)
@@ -228,10 +230,19 @@ class Proxy:
         await proxied.finish()
         return False
 
+    async def _send_arrived(self, proxied: ProxiedResponse, passage: Passage) -> None:
+        """Send what the client does not have yet of a passage that grows."""
+        data = passage.bytes_of(proxied.span)[proxied.response.sent :]
+        if not data:
+            return
+        if not proxied.response.started:
+            proxied.representation = proxied.representation.with_validators(passage.validators)
+            proxied.media_type = passage.media_type
+        await proxied.response.take_turn(len(data))
+        await proxied.emit((data,))
+
     async def _send_passage(self, proxied: ProxiedResponse, passage: Passage) -> None:
-        proxied.representation = proxied.representation.with_validators(passage.validators)
-        proxied.media_type = passage.media_type
-        await proxied.emit((passage.bytes_of(proxied.span),))
+        await self._send_arrived(proxied, passage)
         await proxied.finish()
 
     async def _respond_verified(self, proxied: ProxiedResponse) -> bool:
@@ -353,7 +364,7 @@ class Proxy:
         version = proxied.representation.version
         wanted = replace(proxied.media_object, validators=version.validators)
         must_match = version.if_range is not None and proxied.span.partial
-        await proxied.response.take_turn(TURN_BYTES)  # a request to a source takes as long as a large chunk
+        await proxied.response.take_request_turn()
         try:
             async with aclosing(
                 self._failover_reader.stream(

@@ -345,6 +345,10 @@ class ResponseWriter:
         """
         await self._turns.take(size)
 
+    async def take_request_turn(self) -> None:
+        """Wait for the turn in which a source may be asked for the body."""
+        await self._turns.take_request()
+
     async def send(self, chunk: bytes | memoryview, source: DataSource) -> None:
         """Send a chunk once the client has taken those before. Call `take_turn` first."""
         if self._response is None:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import anyio.lowlevel
 import httpcore
 import httpx
 import structlog
@@ -47,7 +48,11 @@ _contexts: weakref.WeakSet[ssl.SSLContext] = weakref.WeakSet()
 
 
 async def make_tls_context() -> ssl.SSLContext:
-    """Read the trusted certificates: of the system, or of SSL_CERT_FILE and SSL_CERT_DIR."""
+    """Read the trusted certificates: of the system, or of SSL_CERT_FILE and SSL_CERT_DIR.
+
+    Also loads what the HTTP library would load in the middle of its first request, for which all others would wait.
+    """
+    await anyio.lowlevel.checkpoint()
     context = await asyncio.to_thread(httpx.create_ssl_context)
     _contexts.add(context)
     return context
