@@ -62,7 +62,7 @@ MAX_LATENCY = 0.05
 """Seconds after which received bytes are written, however few: clients of a slow source wait for them."""
 
 _UNBATCHED_BYTES = 64 * 1024
-"""The first bytes of a stream, which are written at once."""
+"""The first bytes of a stream, which are written at once, unless they are the whole object."""
 
 _MIN_WRITE = 64 * 1024
 """Mean bytes of a piece below which the pieces of a batch are joined. Joining copies, so larger ones are not."""
@@ -425,6 +425,9 @@ class PartialWriter:
         )
         self._pending: list[bytes] = []
         self._pending_bytes = 0
+        self._small_rest = (
+            0  # bytes of a small object, which make one batch: nothing is sent before all are there
+        )
         self._received = 0
         self._closed = False
         self._notify_task: asyncio.Task[None] | None = None
@@ -437,6 +440,9 @@ class PartialWriter:
         When the block has ended, for any reason, all bytes given to `put` are on disk, unless the lease was lost or
         the disk failed. Errors of the disk are raised here or by `put`.
         """
+        record = self._partial.record
+        if record.size <= _UNBATCHED_BYTES and not record.growing and self._reserve is None:
+            self._small_rest = record.size - offset
         writer = asyncio.create_task(self._write_batches(offset), name="partial-writer")
         writer.add_done_callback(lambda _: self._has_room.set())
         self._writer = writer
@@ -461,7 +467,7 @@ class PartialWriter:
         self._pending_bytes += len(data)
         self._received += len(data)
         self._has_data.set()
-        if self._pending_bytes >= batch_size(self._received):
+        if self._pending_bytes >= (self._small_rest or batch_size(self._received)):
             self._batch_ready.set()
         while self._pending_bytes >= HIGH_WATER and not self._writer.done():
             self._has_room.clear()

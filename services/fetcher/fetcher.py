@@ -279,6 +279,7 @@ class Worker:
                     record_failure,
                     slot,
                     for_peer=job.for_peer,
+                    resumed=admitted.resumed,
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:
