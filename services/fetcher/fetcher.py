@@ -73,7 +73,7 @@ from distributor_node.shared.settings.model import Settings
 from distributor_node.shared.waiting import Backoff, background
 
 _SPARE_THREADS = 2
-"""Threads for looking at the volume while every download writes."""
+"""Threads for looking at the volume while every download writes and has the disk take what was written."""
 
 logger = structlog.get_logger()
 
@@ -96,7 +96,7 @@ class Fetcher:
         self._volume = volume
         self._slot_limits = SlotLimits(fetch.concurrency, fetch.concurrency_per_source)
         self._consuming = False
-        self._disk = BlockingPool(fetch.concurrency + _SPARE_THREADS)
+        self._disk = BlockingPool(2 * fetch.concurrency + _SPARE_THREADS)
         self.name = process_name()
         rules = AdmissionRules(
             storage.largest_cached_size, fetch.space_wait, fetch.lease, storage.watermarks.low

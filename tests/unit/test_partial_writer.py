@@ -103,3 +103,42 @@ async def test_what_has_arrived_of_a_small_object_is_written_when_no_more_comes(
         await writer.put(bytes(48 * KIB))
     assert file.writes == [(0, 16 * KIB), (16 * KIB, 64 * KIB)]
     file.close()
+
+
+async def test_the_disk_takes_the_bytes_while_more_arrive(bench: Bench) -> None:
+    file = bench.open(64 * MIB)
+    writer = bench.writer(file)
+    async with writer.writing(0):
+        for _ in range(64):
+            await writer.put(bytes(MIB))
+    assert file.handed_over[0][0] == 0
+    assert all(
+        end == first for (_, end), (first, _) in zip(file.handed_over, file.handed_over[1:], strict=False)
+    )
+    assert all(end - first >= 16 * MIB for first, end in file.handed_over)
+    file.close()
+
+
+async def test_a_slow_disk_delays_no_byte_and_no_file_is_closed_under_it(bench: Bench) -> None:
+    file = bench.open(64 * MIB)
+    file.slow_disk.clear()
+    writer = bench.writer(file)
+
+    async def fill() -> None:
+        async with writer.writing(0):
+            for _ in range(64):
+                await writer.put(bytes(MIB))
+
+    filling = asyncio.create_task(fill())
+    await eventually(file.is_full)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not filling.done()
+    filling.cancel()
+    await asyncio.sleep(0.05)
+    assert not filling.done()
+    file.slow_disk.set()
+    with pytest.raises(asyncio.CancelledError):
+        await filling
+    assert len(file.handed_over) == 1
+    file.close()
