@@ -183,7 +183,9 @@ class PartialFile:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _same_file(descriptor, self._name, self._incoming):
-                    os.fchmod(descriptor, _UNVERIFIED_MODE | (os.fstat(descriptor).st_mode & _SPARSE))
+                    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+                    if mode != (wanted := _UNVERIFIED_MODE | (mode & _SPARSE)):
+                        os.fchmod(descriptor, wanted)
                     return descriptor
             except BlockingIOError:
                 os.close(descriptor)
