@@ -6,12 +6,7 @@ import h11
 import httpx
 import pytest
 
-from distributor_node.shared.adapters.sources.connections import (
-    ResponseHead,
-    encode_get,
-    encode_request,
-    parse_head,
-)
+from distributor_node.shared.adapters.sources.connections import ResponseHead, encode_request, parse_head
 
 OK = b"HTTP/1.1 200 OK\r\n"
 VALID = [
@@ -67,7 +62,7 @@ def by_h11(data: bytes, method: str) -> ResponseHead:
     response = connection.next_event()
     assert isinstance(response, h11.Response)
     framing, arguments = h11._connection._body_framing(method.encode(), response)
-    length = next(iter(arguments), None)
+    length = arguments[0] if framing == "content-length" else None
     keep_alive = h11._connection._keep_alive(response) and framing != "http/1.0"
     return ResponseHead(
         response.status_code, response.headers.raw_items(), length, framing == "chunked", keep_alive
@@ -102,52 +97,12 @@ def test_a_response_to_no_upgrade_has_no_body() -> None:
 
 def test_a_request() -> None:
     request = httpx.Request("GET", "http://a.example:8080/x y?z=ä", headers={"Range": "bytes=0-1"})
-    message = encode_request(request, b"")
-    assert message.origin == ("http", "a.example", 8080)
-    assert message.data == (
+    assert encode_request(request, b"") == (
         b"GET /x%20y?z=%C3%A4 HTTP/1.1\r\nHost: a.example:8080\r\nRange: bytes=0-1\r\n\r\n"
     )
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://a.example/api/v1/files/123",
-        "https://a.example:443/x",
-        "http://a.example:443/x",
-        "http://a.example",
-        "http://a.example/",
-        "http://10.0.0.1:3333//x/",
-        "http://A.example/x",
-        "http://a.example/./x/../y",
-        "http://a.example/.hidden/x..y",
-        "http://a.example/x%20y",
-        "http://a.example/x y",
-        "http://a.example/x?y=z",
-        "http://a.example/x#y",
-        "http://user:secret@a.example/x",
-        "http://[::1]:80/x",
-        "http://b\u00fccher.example/x",
-        "http://a.example/\u00fc",
-        "http://a_b.example/x",
-        "http://a.example:080/x",
-        "http://a.example:70000/x",
-    ],
-)
-@pytest.mark.parametrize("headers", [{}, {"Range": "bytes=0-1", "If-Range": '"a"'}, {"X": ""}, {"X": " y"}])
-def test_what_is_plain_is_encoded_as_httpx_does(url: str, headers: dict[str, str]) -> None:
-    try:
-        expected = encode_request(httpx.Request("HEAD", url, headers=headers), b"")
-    except (httpx.InvalidURL, httpx.HTTPError) as error:
-        with pytest.raises(type(error)):
-            encode_get(url, headers, "HEAD")
-    else:
-        assert encode_get(url, headers, "HEAD") == expected
 
 
 @pytest.mark.parametrize("value", ["a\r\nX: y", "a\nX: y", "a\rb", "a\0b"])
 def test_a_header_cannot_become_two(value: str) -> None:
     with pytest.raises(httpx.LocalProtocolError):
         encode_request(httpx.Request("GET", "http://a/", headers={"If-Range": value}), b"")
-    with pytest.raises(httpx.LocalProtocolError):
-        encode_get("http://a/", {"If-Range": value})

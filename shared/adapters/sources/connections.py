@@ -12,11 +12,11 @@ import os
 import re
 import ssl
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 
@@ -187,13 +187,13 @@ class Connections:
         # the limit on all of it is a last resort.
         progress = _Progress(self._limits.first_byte_timeout)
         connect = self._limits.connect_timeout
+        timeouts = {"connect": connect, "read": self._limits.first_data_timeout}
+        extensions: dict[str, Any] = {"timeout": timeouts, "progress": progress}
         try:
             with map_http_errors():
-                message = encode_get(url, headers, method)
+                request = httpx.Request(method, url, headers=headers, extensions=extensions)
                 async with asyncio.timeout(2 * connect + 1.0) as progress.deadline:
-                    return await transport.exchange(
-                        message, method, connect, self._limits.first_data_timeout, progress
-                    )
+                    return await transport.handle_async_request(request)
         except TimeoutError as error:
             if progress.sending:
                 raise SourceTooSlow(
@@ -261,40 +261,29 @@ class BoundedTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Return the response once its head has arrived. Raises httpx's errors, and ExcessiveEvents.
 
-        Of the request's extensions, `timeout` has `connect` and `read`: see `exchange`.
+        `timeout` among the request's extensions has `connect`, for TCP and TLS each, and `read`: see
+        SourceStream.read_head. `progress` among them is told of each step.
         """
-        timeouts = request.extensions.get("timeout", {})
+        timeouts, progress = request.extensions.get("timeout", {}), request.extensions.get("progress")
         message = encode_request(request, await request.aread())
-        return await self.exchange(message, request.method, timeouts.get("connect"), timeouts.get("read"))
-
-    async def exchange(
-        self,
-        message: Message,
-        method: str,
-        connect_timeout: float | None,
-        read_timeout: float | None,
-        progress: _Progress | None = None,
-    ) -> httpx.Response:
-        """Send an encoded request. Raises as `handle_async_request`. `progress` is told of each step.
-
-        Timeouts in seconds: `connect_timeout` for TCP and TLS each, `read_timeout`: see SourceStream.read_head.
-        """
-        connection = self._take_idle(message.origin)
+        url = request.url
+        origin = (url.scheme, url.host, url.port or _DEFAULT_PORTS.get(url.scheme, 0))
+        connection = self._take_idle(origin)
         if connection is None:
             if progress is not None:
                 progress.connecting = True
-            connection = await self._connect(message.origin, connect_timeout)
+            connection = await self._connect(origin, timeouts.get("connect"))
         try:
             if progress is not None:
                 progress.start_sending()
             with suppress(httpx.WriteError):  # the server may have responded before it closed
-                connection.stream.write(message.data)
-            head = parse_head(await connection.stream.read_head(read_timeout), method)
+                connection.stream.write(message)
+            head = parse_head(await connection.stream.read_head(timeouts.get("read")), request.method)
         except BaseException:
             self._drop(connection)
             raise
         body = _Body(connection.stream, head, partial(self._release, connection))
-        return httpx.Response(head.status, headers=head.headers, stream=body)
+        return httpx.Response(head.status, headers=head.headers, stream=body, request=request)
 
     async def _connect(self, origin: Origin, timeout: float | None) -> SourceConnection:
         scheme, host, port = origin
@@ -389,7 +378,7 @@ class _Body(httpx.AsyncByteStream):
 
     async def _read_chunked(self) -> AsyncGenerator[bytes]:
         decoder = ChunkedDecoder()
-        while not self._complete:
+        while not decoder.complete:
             data = await self._stream.receive()
             if not data:
                 raise httpx.RemoteProtocolError("connection closed before the end of the chunked body")
@@ -409,12 +398,6 @@ class _Body(httpx.AsyncByteStream):
 # Messages. Pure.
 
 _TARGET = re.compile(rb"[\x21-\x7e]+")
-# No segment begins with a dot, so none is "." or "..", which httpx resolves.
-_PLAIN_URL = re.compile(
-    r"(https?)://([a-z0-9](?:[a-z0-9.-]{0,200}[a-z0-9])?)(?::([1-9][0-9]{0,4}))?((?:/(?:[\w~-][\w.~-]*)?)*)",
-    re.ASCII,
-)
-_PLAIN_HEADER = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 _FORBIDDEN = re.compile(rb"[\r\n\0]")  # in a name or a value of a request's header
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: [^\0\r\n]*)?")
 _FIELD = re.compile(rb"([-!#$%&'*+.^_`|~0-9A-Za-z]+):[ \t]*((?:[^\0\s]+(?:[ \t]+[^\0\s]+)*)?)[ \t]*")
@@ -422,45 +405,17 @@ _FOLD = re.compile(rb"\r?\n[ \t]+")  # obsolete; a client reads it as a space (R
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A request, and the server that it is for."""
-
-    origin: Origin
-    data: bytes
-
-
-def encode_request(request: httpx.Request, body: bytes) -> Message:
-    """Encode a request. Raises httpx.LocalProtocolError for what would not be one request."""
-    url = request.url
-    if url.scheme not in _DEFAULT_PORTS:
-        raise httpx.UnsupportedProtocol(f"URL: expected http or https, got {url.scheme[:20]!r}")
-    if not _TARGET.fullmatch(url.raw_path):
+def encode_request(request: httpx.Request, body: bytes) -> bytes:
+    """Return the bytes of a request. Raises httpx.LocalProtocolError for what would not be one request."""
+    target = request.url.raw_path
+    if not _TARGET.fullmatch(target):
         raise httpx.LocalProtocolError("target of the request: expected visible characters")
-    origin = (url.scheme, url.raw_host.decode("ascii"), url.port or _DEFAULT_PORTS[url.scheme])
-    lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), url.raw_path)]
+    lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)]
     for name, value in request.headers.raw:
         if _FORBIDDEN.search(name) or _FORBIDDEN.search(value):
             raise httpx.LocalProtocolError("header of the request: expected no line break")
         lines.append(b"%b: %b" % (name, value))
-    return Message(origin, b"\r\n".join((*lines, b"", body)))
-
-
-def encode_get(url: str, headers: Mapping[str, str], method: str = "GET") -> Message:
-    """Encode a request without a body, as `encode_request` does.
-
-    httpx takes 150 µs to understand a URL and headers. Most URLs need no change, and are taken as they are.
-    """
-    plain = _PLAIN_URL.fullmatch(url)
-    if plain is None or not all(map(_PLAIN_HEADER.fullmatch, headers.values())):
-        return encode_request(httpx.Request(method, url, headers=headers), b"")
-    scheme, host, stated, path = plain.groups()
-    default = _DEFAULT_PORTS[scheme]
-    port = int(stated) if stated else default
-    netloc = host if port == default else f"{host}:{port}"
-    fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    head = f"{method} {path or '/'} HTTP/1.1\r\nHost: {netloc}\r\n{fields}\r\n"
-    return Message((scheme, host, port), head.encode("ascii"))
+    return b"\r\n".join((*lines, b"", body))
 
 
 @dataclass(frozen=True, slots=True)
