@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from distributor_node.services.demo.faults import Fault, Match
-from distributor_node.services.demo.objects import GeneratedContent, bytes_object, generated_object
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits, SourceObservation
 from distributor_node.shared.adapters.sources.client import Expected
@@ -400,15 +400,6 @@ async def test_a_reused_connection_that_is_closed_is_replaced_once(
     assert [item.failure for item in seen] == [None, None]
 
 
-async def test_a_large_body_leaves_its_connection_usable() -> None:
-    size = 9 * 1024 * 1024
-    async with StorageNode([generated_object("2", size)]).run() as node, SourceClient(LIMITS) as client:
-        for _ in range(2):
-            async with client.get(node.object_url("2"), None, Expected(Version(size=size))) as answer:
-                assert sum([len(chunk) async for chunk in answer.chunks]) == size
-        assert [record.connection for record in node.requests] == [1, 1]
-
-
 async def test_a_closed_new_connection_is_not_retried(client: SourceClient) -> None:
     asked = 0
 
@@ -502,29 +493,6 @@ async def test_closing_ends_what_is_being_read(node: StorageNode) -> None:
         with pytest.raises(SourceError):
             async for _ in answer.chunks:
                 pass
-
-
-async def test_a_body_without_a_length_does_not_seem_complete_when_this_side_closes() -> None:
-    sent = asyncio.Event()
-
-    async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\n\r\nhalf of it")
-        sent.set()
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(send, "127.0.0.1", 0)
-    client = SourceClient(LIMITS)
-    await client.open()
-    async with server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/1"
-        async with client.get(url) as answer:
-            assert await anext(answer.chunks) == b"half of it"
-            await client.close()
-            with pytest.raises(SourceUnreachable):
-                await anext(answer.chunks)
-    assert sent.is_set()
 
 
 async def test_a_name_that_resolves_to_a_private_address_is_not_asked(node: StorageNode) -> None:

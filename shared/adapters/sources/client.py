@@ -14,6 +14,7 @@ from typing import Literal, Self
 import httpx
 
 from distributor_node.shared.adapters.sources.connections import Connections, SourceLimits, map_http_errors
+from distributor_node.shared.adapters.sources.network import SourceStream
 from distributor_node.shared.domain.conditionals import (
     NO_VALIDATORS,
     UNKNOWN_VERSION,
@@ -380,6 +381,8 @@ class _Attempt:
 
 # Seconds that a body may take to end after its last expected byte. After that, it counts as complete.
 _END_TIMEOUT = 1.0
+# Bytes from which a body is read directly from the connection, which cannot be reused after that.
+_MIN_RAW_BODY = 8 * 1024 * 1024
 
 
 class CheckedBody:
@@ -475,10 +478,37 @@ class CheckedBody:
 
 async def _raw_chunks(response: httpx.Response) -> AsyncGenerator[bytes]:
     """Yield the body as it was sent, without httpx's layers that decode and count."""
+    stream = response.extensions.get("network_stream")
+    length = _stated_length(response)
+    if isinstance(stream, SourceStream) and stream.at_body and length > _MIN_RAW_BODY:
+        async for chunk in _read_raw_stream(stream, length):
+            yield chunk
+        return
     body = response.stream
     if not isinstance(body, httpx.AsyncByteStream):
         raise SourceUnreachable("the response has no readable body")
     async for chunk in body:
+        yield chunk
+
+
+def _stated_length(response: httpx.Response) -> int:
+    """Return the body's length on the wire; 0 if it is unknown or the body is chunked."""
+    stated = response.headers.get("Content-Length", "")
+    framed = "Transfer-Encoding" in response.headers
+    return int(stated) if stated.isascii() and stated.isdigit() and not framed else 0
+
+
+async def _read_raw_stream(stream: SourceStream, length: int) -> AsyncGenerator[bytes]:
+    """Read the body directly from the connection, which saves three copies of each byte.
+
+    httpcore does not notice that the body has been read, so it closes the connection.
+    """
+    left = length
+    while left:
+        chunk = (await stream.receive())[:left]
+        if not chunk:
+            raise SourceUnreachable(f"body ended after {length - left} of {length} bytes")
+        left -= len(chunk)
         yield chunk
 
 

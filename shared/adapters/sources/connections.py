@@ -1,7 +1,7 @@
 """HTTP connections to sources, their limits, and the HTTP library's errors as SourceErrors.
 
-Requests and responses are httpx's, the transport is ours. A server that is not ours may send anything: the last parts
-bound the work that one response causes.
+This is where httpx reaches sources. A server that is not ours may send anything: the last part bounds the work that one
+response causes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import errno
 import os
 import re
 import ssl
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
+import httpcore
 import httpx
 
 from distributor_node.shared.adapters.sources.network import (
@@ -67,6 +66,8 @@ class SourceLimits:
 
 MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+# httpcore's 64 KiB cost a third of the throughput on a fast link. The event loop reads 256 KiB at once anyway.
+_READ_BYTES = 256 * 1024
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def map_http_errors() -> Iterator[None]:
         yield
     except ExcessiveEvents as error:
         raise SourceWrong(str(error)) from error
-    except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, httpcore.ReadError, ssl.SSLError) as error:
         if isinstance(error, httpx.ConnectError) and _lacks_descriptors(error):
             raise TooManyOpenFiles("no descriptor is left for a connection to a source") from error
         timed_out = isinstance(error, httpx.ConnectTimeout | httpx.ReadTimeout)
@@ -103,7 +104,8 @@ def _lacks_descriptors(error: BaseException) -> bool:
 class Connections:
     """Connections to all sources. Call `open` before use.
 
-    A semaphore limits the number of requests, and with it that of the connections in use.
+    A semaphore limits their number, not httpcore's pool: when a request is cancelled while that pool is contended, its
+    slot can be lost for ever.
     """
 
     def __init__(self, limits: SourceLimits) -> None:
@@ -113,6 +115,8 @@ class Connections:
         self._fresh: BoundedTransport | None = None
 
     async def open(self) -> None:
+        # httpcore has this setting only for the whole process.
+        httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = _READ_BYTES
         context = await make_tls_context()  # reads the certificates
         network = SourceNetwork(is_public if self._limits.refuse_private else None)
         self._reusing = BoundedTransport(context, self._limits.max_connections, network)
@@ -183,12 +187,13 @@ class Connections:
     async def _send_on(
         self, transport: BoundedTransport, method: str, url: str, headers: dict[str, str]
     ) -> httpx.Response:
-        # `progress.deadline` limits all headers together. The time to connect is limited for TCP and TLS each:
-        # the limit on all of it is a last resort.
+        # httpx's read timeout applies to each read: headers could trickle in for ever, and it would apply to the body
+        # too. `progress.deadline` limits all headers together. httpx limits the time to connect, for TCP and TLS each.
+        # It leaks the socket of a handshake that is cancelled from outside, so our limit on that is a last resort.
         progress = _Progress(self._limits.first_byte_timeout)
         connect = self._limits.connect_timeout
-        timeouts = {"connect": connect, "read": self._limits.first_data_timeout}
-        extensions: dict[str, Any] = {"timeout": timeouts, "progress": progress}
+        timeouts = {"connect": connect, "read": self._limits.first_data_timeout}  # see SourceStream.read
+        extensions: dict[str, Any] = {"timeout": timeouts, "trace": progress.trace}
         try:
             with map_http_errors():
                 request = httpx.Request(method, url, headers=headers, extensions=extensions)
@@ -222,10 +227,12 @@ class _Progress:
         self.deadline: asyncio.Timeout | None = None
         self._first_byte_timeout = first_byte_timeout
 
-    def start_sending(self) -> None:
-        """The connection is there."""
-        self.sending = True
-        if self.deadline is not None:
+    async def trace(self, event: str, _: dict[str, Any]) -> None:
+        """Called by httpcore at each step."""
+        if event == "connection.connect_tcp.started":
+            self.connecting = True
+        elif event == "http11.send_request_headers.started" and self.deadline is not None:
+            self.sending = True
             self.deadline.reschedule(asyncio.get_running_loop().time() + self._first_byte_timeout)
 
 
@@ -233,246 +240,82 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-# HTTP/1.1 (RFC 9112) over SourceNetwork: one request at a time on each connection.
-
 _KEEP_ALIVE = 4.0  # seconds; Colossus closes idle connections after 5 s (Node's default)
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-_NO_BODY = frozenset({204, 304})
 
 
-class BoundedTransport(httpx.AsyncBaseTransport):
-    """Sends requests of httpx over SourceNetwork. It takes nothing from the environment: no proxy, no .netrc
-    credentials.
-
-    With httpx's own transport a small response took twice the CPU time, for what no source needs: HTTP/2, proxies, two
-    kinds of event loop.
-    """
+class BoundedTransport(httpx.AsyncHTTPTransport):
+    """A transport over SourceNetwork. It takes nothing from the environment: no proxy, no .netrc credentials."""
 
     def __init__(self, context: ssl.SSLContext, max_idle: int, network: SourceNetwork) -> None:
-        """`max_idle`: idle connections that are kept for other requests."""
-        context.set_alpn_protocols(["http/1.1"])
-        self._context = context
-        self._network = network
-        self._max_idle = max_idle
-        # With what closes each. The last used one is last
-        self._idle: OrderedDict[SourceConnection, asyncio.TimerHandle] = OrderedDict()
-        self._open: set[SourceConnection] = set()
+        super().__init__(verify=context, trust_env=False)
+        # httpx has no parameter for the network backend of its pool, so the pool, still empty, is replaced.
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=context,
+            max_connections=None,
+            max_keepalive_connections=max_idle,
+            keepalive_expiry=_KEEP_ALIVE,
+            network_backend=network,
+        )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Return the response once its head has arrived. Raises httpx's errors, and ExcessiveEvents.
-
-        `timeout` among the request's extensions has `connect`, for TCP and TLS each, and `read`: see
-        SourceStream.read_head. `progress` among them is told of each step.
-        """
-        timeouts, progress = request.extensions.get("timeout", {}), request.extensions.get("progress")
-        message = encode_request(request, await request.aread())
-        url = request.url
-        origin = (url.scheme, url.host, url.port or _DEFAULT_PORTS.get(url.scheme, 0))
-        connection = self._take_idle(origin)
-        if connection is None:
-            if progress is not None:
-                progress.connecting = True
-            connection = await self._connect(origin, timeouts.get("connect"))
-        try:
-            if progress is not None:
-                progress.start_sending()
-            with suppress(httpx.WriteError):  # the server may have responded before it closed
-                connection.stream.write(message)
-            head = parse_head(await connection.stream.read_head(timeouts.get("read")), request.method)
-        except BaseException:
-            self._drop(connection)
-            raise
-        body = _Body(connection.stream, head, partial(self._release, connection))
-        return httpx.Response(head.status, headers=head.headers, stream=body, request=request)
-
-    async def _connect(self, origin: Origin, timeout: float | None) -> SourceConnection:
-        scheme, host, port = origin
-        stream = await self._network.connect(host, port, timeout)
-        if scheme == "https":
-            await stream.start_tls(self._context, host, timeout)
-        connection = SourceConnection(stream, origin)
-        self._open.add(connection)
-        return connection
-
-    def _take_idle(self, origin: Origin) -> SourceConnection | None:
-        """Return the connection to this server that was used last, and drop those that it has closed."""
-        for connection in [one for one in reversed(self._idle) if one.origin == origin]:
-            self._idle.pop(connection).cancel()
-            if not connection.stream.is_readable:
-                return connection
-            self._drop(connection)
-        return None
-
-    def _release(self, connection: SourceConnection, *, reusable: bool) -> None:
-        """Keep the connection for another request, or close it."""
-        if not reusable or not self._max_idle or connection not in self._open:
-            self._drop(connection)
-            return
-        if len(self._idle) >= self._max_idle:
-            self._drop(next(iter(self._idle)))
-        self._idle[connection] = asyncio.get_running_loop().call_later(_KEEP_ALIVE, self._drop, connection)
-
-    def _drop(self, connection: SourceConnection) -> None:
-        expiry = self._idle.pop(connection, None)
-        if expiry is not None:
-            expiry.cancel()
-        self._open.discard(connection)
-        connection.stream.abort()
-
-    async def aclose(self) -> None:
-        """Close every connection. Responses that are being read fail."""
-        for connection in list(self._open):
-            self._drop(connection)
-        await asyncio.sleep(0)  # the event loop closes the sockets
+        response = await super().handle_async_request(request)
+        stream, body = response.extensions.get("network_stream"), response.stream
+        if (
+            isinstance(stream, SourceStream)
+            and isinstance(body, httpx.AsyncByteStream)
+            and stream.at_body
+            and _is_chunked(request, response)
+        ):
+            response.stream = _ChunkedStream(stream, body)
+        return response
 
 
-Origin = tuple[str, str, int]
-"""Scheme, host and port."""
+def _is_chunked(request: httpx.Request, response: httpx.Response) -> bool:
+    """Whether a chunked body follows. h11 has refused every other transfer coding."""
+    has_body = request.method != "HEAD" and response.status_code not in (204, 304)
+    return has_body and "Transfer-Encoding" in response.headers
 
 
-@dataclass(eq=False, slots=True)
-class SourceConnection:
-    """An open connection, in use by one request or idle."""
+class _ChunkedStream(httpx.AsyncByteStream):
+    """The content of a chunked body: all that one read of the connection holds is one piece."""
 
-    stream: SourceStream
-    origin: Origin
-
-
-class _Body(httpx.AsyncByteStream):
-    """The content of one body: all that one read of the connection holds is one piece."""
-
-    def __init__(self, stream: SourceStream, head: ResponseHead, release: Callable[..., None]) -> None:
-        """`release`: called once, when the body is not read any more, with whether the connection is `reusable`."""
+    def __init__(self, stream: SourceStream, body: httpx.AsyncByteStream) -> None:
+        """`body`: the library's view of the same body."""
         self._stream = stream
-        self._head = head
-        self._release: Callable[..., None] | None = release
-        self._complete = head.length == 0
+        self._body = body
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        if self._head.chunked:
-            pieces = self._read_chunked()
-        elif self._head.length is None:
-            pieces = self._read_to_end()
-        else:
-            pieces = self._read_length(self._head.length)
-        async with aclosing(pieces):
+        async with aclosing(self._decoded()) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def _read_length(self, length: int) -> AsyncGenerator[bytes]:
-        left = length
-        while left:
-            data = await self._stream.receive()
-            if not data:
-                raise httpx.RemoteProtocolError(f"connection closed after {length - left} of {length} bytes")
-            if len(data) > left:
-                self._stream.unread(data[left:])
-                data = data[:left]
-            left -= len(data)
-            self._complete = not left
-            yield data
-
-    async def _read_to_end(self) -> AsyncGenerator[bytes]:
-        while data := await self._stream.receive():
-            yield data
-
-    async def _read_chunked(self) -> AsyncGenerator[bytes]:
+    async def _decoded(self) -> AsyncGenerator[bytes]:
         decoder = ChunkedDecoder()
         while not decoder.complete:
-            data = await self._stream.receive()
+            try:
+                data = await self._stream.receive()
+            except httpcore.ReadError as error:
+                raise httpx.ReadError(str(error)) from error
             if not data:
                 raise httpx.RemoteProtocolError("connection closed before the end of the chunked body")
-            piece = decoder.feed(data)
-            if decoder.complete:
-                self._stream.unread(decoder.rest)
-                self._complete = True
-            if piece:
+            if piece := decoder.feed(data):
                 yield piece
+        # The library reads an empty body instead, and can use the connection for the next request.
+        self._stream.unread(_END_OF_BODY + decoder.rest)
+        async for _ in self._body:
+            pass
 
     async def aclose(self) -> None:
-        if self._release is not None:
-            release, self._release = self._release, None
-            release(reusable=self._complete and self._head.keep_alive)
+        await self._body.aclose()
 
 
-# Messages. Pure.
-
-_TARGET = re.compile(rb"[\x21-\x7e]+")
-_FORBIDDEN = re.compile(rb"[\r\n\0]")  # in a name or a value of a request's header
-_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: [^\0\r\n]*)?")
-_FIELD = re.compile(rb"([-!#$%&'*+.^_`|~0-9A-Za-z]+):[ \t]*((?:[^\0\s]+(?:[ \t]+[^\0\s]+)*)?)[ \t]*")
-_FOLD = re.compile(rb"\r?\n[ \t]+")  # obsolete; a client reads it as a space (RFC 9112 section 5.2)
-_LENGTH = re.compile(rb"[0-9]{1,18}")
-
-
-def encode_request(request: httpx.Request, body: bytes) -> bytes:
-    """Return the bytes of a request. Raises httpx.LocalProtocolError for what would not be one request."""
-    target = request.url.raw_path
-    if not _TARGET.fullmatch(target):
-        raise httpx.LocalProtocolError("target of the request: expected visible characters")
-    lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)]
-    for name, value in request.headers.raw:
-        if _FORBIDDEN.search(name) or _FORBIDDEN.search(value):
-            raise httpx.LocalProtocolError("header of the request: expected no line break")
-        lines.append(b"%b: %b" % (name, value))
-    return b"\r\n".join((*lines, b"", body))
-
-
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
-    """What a response says before its body, and how its body ends: after `length` bytes, by its last chunk if it is
-    `chunked`, or with the connection if `length` is None."""
-
-    status: int
-    headers: list[tuple[bytes, bytes]]
-    length: int | None
-    chunked: bool
-    keep_alive: bool  # the connection may serve another request
-
-
-def parse_head(data: bytes, method: str) -> ResponseHead:
-    """Read a head with its empty line, of a response to `method`. Raises httpx.RemoteProtocolError."""
-    first, *lines = _FOLD.sub(b" ", data).rstrip(b"\r\n").split(b"\n")
-    status_line = _STATUS_LINE.fullmatch(first.removesuffix(b"\r"))
-    if status_line is None or data[data.find(b"\n") + 1] in b" \t":
-        raise httpx.RemoteProtocolError(f"invalid status line: {first[:60]!r}")
-    status, headers = int(status_line[2]), []
-    lengths: set[bytes] = set()
-    codings, options = [], []
-    for line in lines:
-        field = _FIELD.fullmatch(line.removesuffix(b"\r"))
-        if field is None:
-            raise httpx.RemoteProtocolError(f"invalid header line: {line[:60]!r}")
-        name, value = field[1], field[2]
-        match name.lower():
-            case b"content-length":
-                known, stated = bool(lengths), {one.strip() for one in value.split(b",")}
-                lengths |= stated
-                value = next(iter(stated))
-                if len(lengths) != 1 or not _LENGTH.fullmatch(value):
-                    raise httpx.RemoteProtocolError(f"invalid Content-Length: {field[2][:60]!r}")
-                if known:
-                    continue
-            case b"transfer-encoding":
-                codings.append(value.lower())
-            case b"connection":
-                options += [option.strip() for option in value.lower().split(b",")]
-        headers.append((name, value))
-    if codings and codings != [b"chunked"]:
-        raise httpx.RemoteProtocolError(f"Transfer-Encoding: expected chunked, got {codings[0][:60]!r}")
-    length = int(next(iter(lengths))) if lengths and not codings else None
-    chunked = bool(codings)
-    if method == "HEAD" or status in _NO_BODY or status < 200:
-        length, chunked = 0, False
-    delimited = (chunked or length is not None) and status >= 200
-    keep_alive = delimited and status_line[1] != b"0" and b"close" not in options
-    return ResponseHead(status, headers, length, chunked, keep_alive)
-
+# Decoding. Pure.
 
 _FREE_CHUNKS = 512
 _BYTES_PER_CHUNK = 64  # on average, beyond the free chunks
 _MAX_LINE = 4 * 1024  # bytes of a chunk's size line with its extensions, and of all trailers
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?", re.ASCII)
+_END_OF_BODY = b"0\r\n\r\n"
 
 
 class ChunkedDecoder:

@@ -1,4 +1,8 @@
-"""TCP and TLS connections to sources: streams from which heads of responses and bytes are read."""
+"""TCP and TLS connections to sources, as the network backend of httpcore.
+
+httpcore's own backend copies each byte more often and wakes the reader more often. With this one, a large body can also
+be read directly from the connection, without the library (`SourceStream.receive`).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ import socket
 import ssl
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import httpcore
 import httpx
 import structlog
 from aiohappyeyeballs import AddrInfoType, start_connection
@@ -20,10 +26,10 @@ _MAX_BUFFERED = 256 * 1024
 _CONNECTION_ATTEMPT_DELAY = (
     0.25  # seconds before the next address is tried beside a silent one (RFC 8305 section 5)
 )
-_HEAD_END = re.compile(rb"\n\r?\n")
+_HEAD_END = re.compile(rb"\n\r?\n")  # the pattern that h11 uses
 _INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)")  # after 101 no other response follows
 
-# Bounds on the work that one response can cause.
+# Bounds on the work that one response can cause. They stand in front of the HTTP library, which has none.
 _MAX_INTERIM_RESPONSES = 8
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_HEAD_LINES = 256
@@ -70,26 +76,39 @@ class ExcessiveEvents(httpx.ProtocolError):
     """A response is made of so many parts that reading it would occupy the event loop."""
 
 
-class SourceNetwork:
+class SourceNetwork(httpcore.AsyncNetworkBackend):
     """Connects to sources, and only to the addresses that `allow_address` accepts."""
 
     def __init__(self, allow_address: Callable[[str], bool] | None = None) -> None:
         """`allow_address`: takes an IP address as text. None: every address is accepted."""
         self._allow_address = allow_address
 
-    async def connect(self, host: str, port: int, timeout: float | None = None) -> SourceStream:
-        """Raise httpx's ConnectTimeout or ConnectError if no connection is made."""
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> SourceStream:
+        """Raise httpcore's ConnectTimeout or ConnectError if no connection is made.
+
+        `local_address` and `socket_options` are part of the interface. The pool here never sets them.
+        """
         try:
             async with asyncio.timeout(timeout):
                 protocol = await _attach(await connect(host, port, self._allow_address))
         except TimeoutError as error:
-            raise httpx.ConnectTimeout(str(error)) from error
+            raise httpcore.ConnectTimeout(str(error)) from error
         except (
             OSError,
             RuntimeError,
         ) as error:  # RuntimeError: what uvloop raises for some failures of connect
-            raise httpx.ConnectError(str(error)) from error
+            raise httpcore.ConnectError(str(error)) from error
         return SourceStream(protocol)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
 
 async def _attach(connected: socket.socket) -> _SourceProtocol:
@@ -130,46 +149,40 @@ def _make_socket(address: AddrInfoType) -> socket.socket:
     return made
 
 
-class SourceStream:
-    """One connection: requests are written, and heads of responses and bytes of bodies are read."""
+class SourceStream(httpcore.AsyncNetworkStream):
+    """One connection.
+
+    `read` returns the head of a response by itself. So httpcore has parsed the head before any byte of the body has
+    been read: `at_body` is then True, and `receive` returns the body.
+    """
 
     def __init__(self, protocol: _SourceProtocol) -> None:
         self._protocol = protocol
+        # The end of what has been read of an awaited head, in which its last line break may lie. None: no head is due.
+        self._tail: bytes | None = None
+        self._head = _HeadBounds()
+        self._unanswered = False  # nothing has come since the last request
+        self.at_body = False
 
-    async def read_head(self, timeout: float | None = None) -> bytes:
-        """Return the head of the final response to what was written, with its empty line. Interim ones are passed over.
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Return up to `max_bytes`; empty at the end of the stream.
 
         `timeout` applies to the first bytes after a request alone, be they of an interim response (RFC 9110 section
         15.2): they show that the server works on it.
 
-        Raises httpx's ReadError for a broken connection, RemoteProtocolError for one that was closed, ReadTimeout after
-        `timeout` seconds, and ExcessiveEvents.
+        Raises httpcore's ReadError for a broken connection, ReadTimeout after `timeout` seconds, and ExcessiveEvents.
         """
-        bounds, head, data = _HeadBounds(), bytearray(), await self._first_data(timeout)
-        while True:
-            if not data:
-                raise httpx.RemoteProtocolError("server disconnected without sending a response")
-            tail = bytes(head[-2:])  # in which its last line break may lie
-            end = _HEAD_END.search(tail + data if tail else data)
-            length = len(data) if end is None else end.end() - len(tail)
-            bounds.add(data[:length])
-            head += data[:length]
-            if end is None:
-                data = await self.receive()
-                continue
-            data = data[length:]
-            if not bounds.end():
-                self.unread(data)
-                return bytes(head)
-            head.clear()
-            data = data or await self.receive()
-
-    async def _first_data(self, timeout: float | None) -> bytes:
         try:
-            async with asyncio.timeout(timeout):
-                return await self.receive()
+            async with asyncio.timeout(timeout if self._unanswered else None):
+                data = await self.receive()
         except TimeoutError as error:
-            raise httpx.ReadTimeout(f"no bytes within {timeout:g} s") from error
+            raise httpcore.ReadTimeout(f"no bytes within {timeout:g} s") from error
+        self._unanswered = False
+        length = min(max_bytes, self._head_length(data))
+        if length < len(data):
+            self.unread(data[length:])
+            data = data[:length]
+        return data
 
     def unread(self, data: bytes) -> None:
         """Put bytes back: the next read returns them."""
@@ -180,33 +193,64 @@ class SourceStream:
         """Return all bytes that are buffered, and wait for some if there are none; empty at the end of the stream."""
         return await self._protocol.read_chunk()
 
-    def write(self, data: bytes) -> None:
-        """Send without waiting: requests are short. Raises httpx's WriteError if the connection is closed."""
-        self._protocol.send(data)
+    def _head_length(self, data: bytes) -> int:
+        """Return how many bytes of `data` belong to the awaited head: all of them, if no head is awaited."""
+        self.at_body = False
+        if self._tail is None:
+            return len(data)
+        end = _HEAD_END.search(self._tail + data)
+        if end is None:
+            self._tail = (self._tail + data)[-2:]
+            self._head.add(data)
+            return len(data)
+        length = end.end() - len(self._tail)
+        self._head.add(data[:length])
+        if self._head.end():
+            self._tail = b""  # of an interim response: another head follows
+        else:
+            self._tail, self.at_body = None, True
+        return length
 
-    def abort(self) -> None:
-        """Close the connection now. What is being read fails or ends."""
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send without waiting: requests are short. Raises httpcore's WriteError if the connection is closed."""
+        if buffer:
+            self._protocol.send(buffer)
+            self._tail, self.at_body = b"", False
+            self._unanswered = True
+            self._head = _HeadBounds()
+
+    async def aclose(self) -> None:
         self._protocol.abort()
+        await asyncio.sleep(0)  # the event loop closes the socket
 
     async def start_tls(
-        self, context: ssl.SSLContext, server_hostname: str, timeout: float | None = None
-    ) -> None:
-        """Raise httpx's ConnectTimeout or ConnectError, and close the connection, if the handshake fails."""
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> SourceStream:
+        """Raise httpcore's ConnectTimeout or ConnectError, and close the connection, if the handshake fails."""
         try:
             async with asyncio.timeout(timeout):
-                await self._protocol.start_tls(context, server_hostname)
+                await self._protocol.start_tls(ssl_context, server_hostname)
         except TimeoutError as error:
-            raise httpx.ConnectTimeout(str(error)) from error
+            raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:  # ssl.SSLError is an OSError
-            raise httpx.ConnectError(str(error)) from error
+            raise httpcore.ConnectError(str(error)) from error
         finally:
             if not self._protocol.secured:
-                self.abort()
+                await self.aclose()
+        return SourceStream(self._protocol)
 
-    @property
-    def is_readable(self) -> bool:
-        """True for an idle connection means that the source has closed it, or sends what was not asked for."""
-        return self._protocol.is_readable
+    def get_extra_info(self, info: str) -> Any:
+        """See httpcore. `is_readable`: True for an idle connection means that the source has closed it."""
+        match info:
+            case "is_readable":
+                return self._protocol.is_readable
+            case "ssl_object" | "socket":
+                return self._protocol.extra_info(info)
+            case "client_addr":
+                return self._protocol.extra_info("sockname")
+            case "server_addr":
+                return self._protocol.extra_info("peername")
+        return None
 
 
 class _HeadBounds:
@@ -257,7 +301,6 @@ class _SourceProtocol(asyncio.Protocol):
         self._ended = False
         self._error: Exception | None = None
         self._data_waiter: asyncio.Future[None] | None = None
-        self._aborted = False
         self.secured = False
 
     # Called by the event loop
@@ -299,8 +342,7 @@ class _SourceProtocol(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._ended = True
-        self._error = exc or (ConnectionAbortedError("closed by this side") if self._aborted else None)
+        self._ended, self._error = True, exc
         self._transport = None
         if self._collecting is not None:
             self._collecting.cancel()
@@ -317,11 +359,11 @@ class _SourceProtocol(asyncio.Protocol):
         return bool(self._ended or self._buffer or self._transport is None or self._transport.is_closing())
 
     async def read_chunk(self) -> bytes:
-        """Return what the event loop got by one read; empty at the end. Raises httpx's ReadError if broken."""
+        """Return what the event loop got by one read; empty at the end. Raises httpcore's ReadError if broken."""
         while not self._buffer:
             if self._ended:
                 if self._error is not None:
-                    raise httpx.ReadError(str(self._error)) from self._error
+                    raise httpcore.ReadError(str(self._error)) from self._error
                 return b""
             self._data_waiter = asyncio.get_running_loop().create_future()
             try:
@@ -342,7 +384,7 @@ class _SourceProtocol(asyncio.Protocol):
 
     def send(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
-            raise httpx.WriteError("the connection is closed")
+            raise httpcore.WriteError("the connection is closed")
         self._reads = self._read_bytes = 0
         self._transport.write(data)
 
@@ -357,6 +399,8 @@ class _SourceProtocol(asyncio.Protocol):
         self._transport, self.secured = secured, True
 
     def abort(self) -> None:
-        self._aborted = True  # a body without a stated length must not seem to have ended
         if self._transport is not None:
             self._transport.abort()
+
+    def extra_info(self, name: str) -> Any:
+        return None if self._transport is None else self._transport.get_extra_info(name)
