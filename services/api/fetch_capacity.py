@@ -15,6 +15,7 @@ from enum import StrEnum
 
 import structlog
 
+from distributor_node.shared.adapters.volume import ChangeWatch, Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.observability.logging import OutageLog
@@ -191,16 +192,30 @@ _RECONNECT_DELAY = 1.0
 
 
 class FetchEvents:
-    """One subscription per process. Events may be lost, so waiters must also poll."""
+    """One subscription per process. Events may be lost, so waiters must also poll.
 
-    def __init__(self, state: StateStore, on_settings: Callable[[], None] | None = None) -> None:
-        """`on_settings` is called when the operator state may have changed."""
+    Where the kernel tells of it, a verified file wakes its waiters before the announcement arrives, which takes two
+    processes more. The file is locked for readers by then: it is marked after that.
+    """
+
+    def __init__(
+        self,
+        state: StateStore,
+        on_settings: Callable[[], None] | None = None,
+        volume: Volume | None = None,
+    ) -> None:
+        """`on_settings` is called when the operator state may have changed. `volume`: its partial files are watched."""
         self._state = state
         self._on_settings = on_settings
+        self._volume = volume
+        self._watch: ChangeWatch | None = None
+        self._replacements = -1  # of the volume, when its watch began; -1: it has not
         self._waiting: dict[ObjectId, set[asyncio.Event]] = {}
 
     async def wait(self, object_id: ObjectId, timeout: float) -> bool:
         """Wait for a change of this object's fetch. Returns False after `timeout` seconds without one."""
+        if self._volume is not None and -1 < self._replacements != self._volume.replacements:
+            self._start_watch()
         changed = asyncio.Event()
         self._waiting.setdefault(object_id, set()).add(changed)
         try:
@@ -217,24 +232,60 @@ class FetchEvents:
         return len(self._waiting)
 
     async def run(self) -> None:
-        """Listen until cancelled. While the store is down no event arrives, and all waiters time out."""
-        while True:
-            try:
-                async with self._state.listen() as announcements:
-                    async for announcement in announcements:
-                        self._wake(announcement)
-            except StateStoreUnavailable as error:
-                logger.warning("fetch_event_subscription_lost", reason=str(error))
-            await asyncio.sleep(_RECONNECT_DELAY)
+        """Listen until cancelled. While the store is down only the kernel's events arrive, and waiters for others time
+        out."""
+        self._start_watch()
+        try:
+            while True:
+                try:
+                    async with self._state.listen() as announcements:
+                        async for announcement in announcements:
+                            self._wake(announcement)
+                except StateStoreUnavailable as error:
+                    logger.warning("fetch_event_subscription_lost", reason=str(error))
+                await asyncio.sleep(_RECONNECT_DELAY)
+        finally:
+            self._stop_watch()
+            self._replacements = -1
+
+    def _start_watch(self) -> None:
+        """Watch the partial files of the volume that is mounted now."""
+        self._stop_watch()
+        if self._volume is None:
+            return
+        self._replacements = self._volume.replacements
+        self._watch = self._volume.watch_partials()
+        if self._watch is not None:
+            asyncio.get_running_loop().add_reader(self._watch.descriptor, self._on_partials)
+
+    def _stop_watch(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            asyncio.get_running_loop().remove_reader(watch.descriptor)
+            watch.close()
+
+    def _on_partials(self) -> None:
+        changed = set() if self._watch is None else self._watch.read_partials()
+        if changed is None:
+            self._start_watch()
+            self._wake_all()
+            return
+        for object_id in changed:
+            self._wake_object(ObjectId(object_id))
 
     def _wake(self, announcement: Announcement) -> None:
         if announcement.topic is Topic.FETCH_CHANGED:
-            for changed in self._waiting.get(ObjectId(announcement.object_id), ()):
-                changed.set()
+            self._wake_object(ObjectId(announcement.object_id))
         elif announcement.topic is Topic.SETTINGS_CHANGED:
             if self._on_settings is not None:
                 self._on_settings()
-            # Also announced after every reconnect: wake all waiters, since announcements may have been missed.
-            for waiters in self._waiting.values():
-                for changed in waiters:
-                    changed.set()
+            # Also announced after every reconnect: announcements may have been missed.
+            self._wake_all()
+
+    def _wake_object(self, object_id: ObjectId) -> None:
+        for changed in self._waiting.get(object_id, ()):
+            changed.set()
+
+    def _wake_all(self) -> None:
+        for object_id in self._waiting:
+            self._wake_object(object_id)

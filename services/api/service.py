@@ -94,7 +94,7 @@ def make_context(
         failover_reader=failover_reader,
         accesses=AccessCounter(state),
         assignment=CurrentAssignment(settings.assignment),
-        fetch_events=FetchEvents(state, operator_state.wake),
+        fetch_events=FetchEvents(state, operator_state.wake, volume),
         fetch_capacity=FetchCapacity(state),
         viewers=Viewers(state, settings.fetch.window),
         operator_state=operator_state,

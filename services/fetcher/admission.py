@@ -66,6 +66,7 @@ class Admitted:
 
     lease: Lease
     requested_at: float  # boot time before the lease was requested
+    resumed: bool = True  # there was a reservation before, so there may be a partial file
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +120,20 @@ class Admission:
         async with AsyncExitStack() as stack:
             events: AsyncIterator[Announcement] | None = None
             while True:
+                requested_at = boot_time()
+                try:
+                    result = await self._state.begin(object_id, size, self._worker, claim, trace)
+                except StateStoreUnavailable as error:
+                    if await self._disk.run(self._stored_record, object_id) is None:
+                        raise
+                    logger.info("reindex_deferred", reason=str(error))  # reconciliation adds it
+                    return Ack("already_cached")
+                if isinstance(result, Granted):
+                    # Whether it is stored all the same, `FetchRunner` sees in the call that opens the partial file.
+                    return Admitted(result.lease, requested_at, resumed=result.resumed)
                 record = await self._disk.run(self._stored_record, object_id)
                 if record is not None:
                     return await self._reindex(record)
-                requested_at = boot_time()
-                result = await self._state.begin(object_id, size, self._worker, claim, trace)
-                if isinstance(result, Granted):
-                    return Admitted(result.lease, requested_at)
                 if isinstance(result, AlreadyStored) and object_id in self._hashing:
                     return Requeue("its file is being verified")
                 if isinstance(result, AlreadyStored) and not invalid_removed:

@@ -70,7 +70,10 @@ MAX_LATENCY = 0.05
 """Seconds after which received bytes are written, however few: clients of a slow source wait for them."""
 
 _UNBATCHED_BYTES = 64 * 1024
-"""The first bytes of a stream, which are written at once."""
+"""The first bytes of a stream, which are written at once, unless they are the whole object."""
+
+_WRITEBACK_BYTES = 16 * 1024 * 1024
+"""Written bytes that the disk is told to take, so that the sync at the end finds little left to do."""
 
 _MIN_WRITE = 64 * 1024
 """Mean bytes of a piece below which the pieces of a batch are joined. Joining copies, so larger ones are not."""
@@ -449,9 +452,13 @@ class PartialWriter:
         )
         self._pending: list[bytes] = []
         self._pending_bytes = 0
+        self._small_rest = (
+            0  # bytes of a small object, which make one batch: nothing is sent before all are there
+        )
         self._received = 0
         self._closed = False
         self._notify_task: asyncio.Task[None] | None = None
+        self._writeback: asyncio.Task[None] | None = None
         self._has_data, self._batch_ready, self._has_room = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @asynccontextmanager
@@ -461,6 +468,9 @@ class PartialWriter:
         When the block has ended, for any reason, all bytes given to `put` are on disk, unless the lease was lost or
         the disk failed. Errors of the disk are raised here or by `put`.
         """
+        record = self._partial.record
+        if record.size <= _UNBATCHED_BYTES and not record.growing and self._reserve is None:
+            self._small_rest = record.size - offset
         writer = asyncio.create_task(self._write_batches(offset), name="partial-writer")
         writer.add_done_callback(lambda _: self._has_room.set())
         self._writer = writer
@@ -473,8 +483,9 @@ class PartialWriter:
             try:
                 await wait_uncancellable(writer)
             finally:
-                if self._notify_task is not None:
-                    await wait_uncancellable(self._notify_task)
+                for task in (self._notify_task, self._writeback):
+                    if task is not None:
+                        await wait_uncancellable(task)
             failure = writer.exception()
         if failure is not None:
             raise failure
@@ -485,7 +496,7 @@ class PartialWriter:
         self._pending_bytes += len(data)
         self._received += len(data)
         self._has_data.set()
-        if self._pending_bytes >= batch_size(self._received):
+        if self._pending_bytes >= (self._small_rest or batch_size(self._received)):
             self._batch_ready.set()
         while self._pending_bytes >= HIGH_WATER and not self._writer.done():
             self._has_room.clear()
@@ -494,7 +505,7 @@ class PartialWriter:
             self._writer.result()
 
     async def _write_batches(self, offset: int) -> None:
-        first = True
+        first, handed_over = True, offset
         while await self._wait_for_batch():
             batch, self._pending = self._pending, []
             length, self._pending_bytes = self._pending_bytes, 0
@@ -509,6 +520,12 @@ class PartialWriter:
             if self.on_written is not None:
                 self.on_written(offset, offset + length)
             offset += length
+            if offset - handed_over >= _WRITEBACK_BYTES and (
+                self._writeback is None or self._writeback.done()
+            ):
+                # In a thread of its own: where the disk is slow it blocks, and clients wait for the bytes that follow.
+                work = self._disk.run(self._partial.start_writeback, handed_over, offset)
+                self._writeback, handed_over = asyncio.create_task(work, name="writeback"), offset
             if first and self.verified is None and self._on_first_bytes is not None:
                 # In the background, so that writing goes on. Where all bytes are written, `on_complete` notifies.
                 self._notify_task = asyncio.create_task(self._on_first_bytes(), name="first-bytes")

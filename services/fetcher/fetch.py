@@ -1,7 +1,9 @@
 """One fetch under a lease, from opening the partial file to the end of the lease.
 
-1. Open the partial file, and keep its bytes if they can be proved to be the beginning of the same version.
-   A file that is complete and verified is hashed again and published.
+1. Look at the volume, in one call in a thread, since a client waits. An object that is stored all the same is
+   committed: a worker died between rename and commit, or the index was emptied. Otherwise open the partial file, and
+   keep its bytes if they can be proved to be the beginning of the same version. A file that is complete and verified is
+   hashed again and published.
 2. Read from the sources, write and hash.
 3. Verify size and hash; after corrupt bytes, read again from other sources.
 4. Publish: write the record, rename.
@@ -87,11 +89,12 @@ class FetchRunner:
         *,
         for_peer: bool = False,
         ordered: bool = False,
+        resumed: bool = True,
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
-        `requested_at`: the boot time before the lease was requested. `slot`: see Worker. `for_peer`: see FetchJob.
-        `ordered`: see FetchTask.
+        `requested_at`: the boot time before the lease was requested. `resumed`: whether the lease took over a
+        reservation. `slot`: see Worker. `for_peer`: see FetchJob. `ordered`: see FetchTask.
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(
@@ -101,11 +104,14 @@ class FetchRunner:
             self._disk,
             FetchTask(media_object, renewer, slot, PeerUse.CACHED if for_peer else PeerUse.FETCH, ordered),
             self._limits,
+            resumed=resumed,
         )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
             try:
                 async with renewer.running():
-                    await fetch.run()
+                    stored = await fetch.run()
+                if stored is not None:
+                    return await self._commit_stored(lease, stored)
                 return await self._commit(lease)
             except FetchPaused:
                 await fetch.pause()
@@ -144,6 +150,17 @@ class FetchRunner:
         except StateStoreUnavailable as error:
             return Retry(f"stored, but not committed: {error}")
         return Ack("fetched" if committed else "fetched_to_be_adopted")
+
+    async def _commit_stored(self, lease: Lease, stored: StoredRecord) -> JobOutcome:
+        """Add an object to the index that was on the volume before. Without the state store, reconciliation adds it."""
+        try:
+            if stored.size == lease.size or await self._state.resize(lease, stored.size):
+                await self._state.commit(lease, stored.stored_at)
+            else:
+                await self._state.park(lease)
+        except StateStoreUnavailable as error:
+            logger.info("reindex_deferred", reason=str(error))
+        return Ack("already_cached")
 
     async def _abandon(self, fetch: _PartialFetch, lease: Lease, error: DistributorError) -> None:
         """Keep the received bytes if another attempt can resume from them."""
@@ -200,10 +217,14 @@ class _PartialFetch:
         disk: BlockingPool,
         task: FetchTask,
         limits: FetchLimits,
+        *,
+        resumed: bool,
     ) -> None:
         self._state = state
         self._limits = limits
         self._task = task
+        # Whether the volume may hold bytes of the object that are reserved: of an earlier attempt, or of this one
+        self._may_have_bytes = resumed
         self._volume = volume
         self._failover_reader = failover_reader
         self._disk = disk
@@ -211,11 +232,16 @@ class _PartialFetch:
         self._lease = task.renewer.lease
         self._partial: PartialFile | None = None
 
-    async def run(self) -> None:
-        """Open, download, verify and publish."""
-        if await self._publish_verified():
-            return
-        partial = await self._disk.run(self._open)
+    async def run(self) -> StoredRecord | None:
+        """Open, download, verify and publish. Returns the record of an object that was stored before."""
+        stored = await self._disk.run(self._open)
+        if stored is not None:
+            return stored
+        if self.is_verified:
+            if await self._publish_verified():
+                return None
+            await self._disk.run(self._open_for_writing)
+        partial = self._opened
         # After the index was rebuilt from the volume, it may not know this file. It must know it before the file
         # grows. The renewal tells it, while the source is asked.
         self._task.renewer.renew_soon()
@@ -232,13 +258,28 @@ class _PartialFetch:
             await download.announce()  # the bytes of an earlier attempt can be sent
         await download.run()
         await self._publish(partial)
+        return None
+
+    @property
+    def _opened(self) -> PartialFile:
+        if self._partial is None:
+            raise RuntimeError("the partial file is not open")
+        return self._partial
+
+    def _open(self) -> StoredRecord | None:
+        """Open the verified file of an earlier worker, or else the partial file. Blocking.
+
+        Returns the record instead, if the object is stored.
+        """
+        self._volume.check()
+        stored = self._volume.complete_record(self._object.object_id)
+        if stored is None and self._open_verified() is None:
+            self._open_for_writing()
+        return stored
 
     async def _publish_verified(self) -> bool:
         """Publish the file of a worker that died after it had verified all bytes. Followers may still be sending it."""
-        partial = await self._disk.run(self._open_verified)
-        if partial is None:
-            return False
-        expected = self._object.content_hash
+        partial, expected = self._opened, self._object.content_hash
         if expected is not None:
             hasher = expected.hasher()
             await hash_through(self._disk.run, partial.read, hasher, chunk=REHASH_CHUNK)
@@ -263,7 +304,7 @@ class _PartialFetch:
         return self._partial
 
     async def _return_surplus(self) -> None:
-        """Release what the larger file of an earlier attempt had reserved: `_open` has cut it."""
+        """Release what the larger file of an earlier attempt had reserved: `_open_for_writing` has cut it."""
         if not self._lease.surplus:
             return
         try:
@@ -271,8 +312,9 @@ class _PartialFetch:
         except StateStoreUnavailable as error:
             logger.info("surplus_not_returned", reason=str(error))  # the end of the fetch releases it
 
-    def _open(self) -> PartialFile:
+    def _open_for_writing(self) -> None:
         """Open the partial file, empty unless it is the beginning of the same content. Blocking."""
+        self._may_have_bytes = True
         expected = self._expected_record()
         sidecar = self._volume.partial_record(self._object.object_id)
         if sidecar is None or not _is_same_content(sidecar, expected):
@@ -291,7 +333,6 @@ class _PartialFetch:
         if self._partial.size > expected.size:
             self._partial.restart()
         self._partial.check_free_space()
-        return self._partial
 
     def _expected_record(self) -> StoredRecord:
         wanted = self._object
@@ -333,7 +374,7 @@ class _PartialFetch:
             return
         held = partial.held if partial is not None and for_long else None  # under the file's lock
         self.close()
-        await self._release_lease(keep_reservation=True, held=held)
+        await self._release_lease(keep_reservation=self._may_have_bytes, held=held)
 
     async def pause(self) -> None:
         """As `suspend` for long: what was received survives a power cut."""
@@ -349,7 +390,7 @@ class _PartialFetch:
 
         If the file cannot be deleted, or was not opened (it may hold bytes of an earlier attempt), it stays reserved.
         """
-        keep_reservation = True
+        keep_reservation = self._may_have_bytes
         if self._partial is not None:
             try:
                 await self._disk.run(self._partial.discard)

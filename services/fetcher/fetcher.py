@@ -74,7 +74,7 @@ from distributor_node.shared.settings.model import Settings
 from distributor_node.shared.waiting import Backoff, background
 
 _SPARE_THREADS = 2
-"""Threads for looking at the volume while every download writes."""
+"""Threads for looking at the volume while every download writes and has the disk take what was written."""
 
 _USAGE_INTERVAL = 2.0
 """Seconds between two looks at the usage, for large objects of which more may be read than viewers need."""
@@ -100,7 +100,7 @@ class Fetcher:
         self._volume = volume
         self._slot_limits = SlotLimits(fetch.concurrency, fetch.concurrency_per_source)
         self._consuming = False
-        self._disk = BlockingPool(fetch.concurrency + _SPARE_THREADS)
+        self._disk = BlockingPool(2 * fetch.concurrency + _SPARE_THREADS)
         self.name = process_name()
         rules = AdmissionRules(
             storage.largest_cached_size, fetch.space_wait, fetch.lease, storage.watermarks.low
@@ -302,6 +302,7 @@ class Worker:
                     slot,
                     for_peer=job.for_peer,
                     ordered=job.low_priority,
+                    resumed=admitted.resumed,
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:

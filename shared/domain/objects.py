@@ -8,6 +8,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, Protocol, Self
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
@@ -172,12 +173,18 @@ class ContentHash:
     def __str__(self) -> str:
         if self.algorithm == "sha256":
             return f"sha256:{self.digest.hex()}"
-        return base58.b58encode(_BLAKE3_MULTIHASH_PREFIX + self.digest).decode("ascii")
+        return _multihash(self.digest)
 
     def hasher(self) -> Hasher:
         """Return a new hasher of this algorithm."""
         factory: Callable[[], Hasher] = blake3 if self.algorithm == "blake3" else hashlib.sha256
         return factory()
+
+
+@lru_cache(maxsize=1024)
+def _multihash(digest: bytes) -> str:
+    """base58 takes 37 µs, and the tag of one miss is needed several times: in heads, job, sidecar and record."""
+    return base58.b58encode(_BLAKE3_MULTIHASH_PREFIX + digest).decode("ascii")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,10 @@ from distributor_node.services.fetcher.admission import Admission, AdmissionRule
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from distributor_node.services.fetcher.lease import LeaseTimes
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Claim, ObjectStatus
 from distributor_node.shared.runtime.threads import BlockingPool
 from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 from tests.integration.fetcher_harness import RETRIES
@@ -113,3 +118,54 @@ async def test_the_end_of_a_slow_object_is_sent_immediately(tmp_path: Path) -> N
         assert (start.status, start.body, start.headers["x-data-source"]) == (206, data[100:200], "local")
         assert not whole.done()
         assert (await whole).body == data
+
+
+class ObservedStore(MemoryStateStore):
+    """Notes what requests ask of it until a fetch begins."""
+
+    def __init__(self) -> None:
+        super().__init__(LIMIT, StateTimeouts(), time.time)
+        self.calls: list[str] = []
+
+    async def find(self, object_id: ObjectId) -> ObjectStatus:
+        self.calls.append("find")
+        return await super().find(object_id)
+
+    async def claim(self, *arguments: Any, **named: Any) -> Claim:
+        self.calls.append("claim")
+        return await super().claim(*arguments, **named)
+
+
+async def test_a_miss_waits_for_one_reply_of_the_state_store(tmp_path: Path) -> None:
+    store = ObservedStore()
+    async with assets_harness(tmp_path, store=store, first_byte_wait=3.0) as harness, fetching(harness):
+        harness.add("1", 64 * 1024)
+        assert (await harness.get("1")).headers["x-cache"] == "miss"
+        assert store.calls[0] == "claim"
+
+
+async def test_a_pending_object_without_a_file_is_told_by_the_claim(tmp_path: Path) -> None:
+    store = ObservedStore()
+    async with assets_harness(tmp_path, store=store, first_byte_wait=5.0) as harness:
+        harness.add("1", SIZE)
+        first = asyncio.create_task(harness.get("1"))
+        await eventually(harness.has_job)
+        store.calls.clear()
+        second = asyncio.create_task(harness.get("1"))
+        await eventually(lambda: store.calls)
+        assert store.calls[0] == "claim"
+        await (await harness.begin("1")).complete()
+        answers = await asyncio.gather(first, second)
+        assert [answer.headers["x-cache"] for answer in answers] == ["miss", "pending"]
+        assert [answer.body for answer in answers] == [harness.data["1"]] * 2
+        assert await harness.jobs() == 1
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+async def test_what_starts_no_fetch_claims_nothing(tmp_path: Path, method: str) -> None:
+    store = ObservedStore()
+    async with assets_harness(tmp_path, store=store) as harness:
+        harness.add("1", SIZE)
+        headers = {} if method == "HEAD" else {"If-None-Match": "*"}
+        await harness.get("1", headers, method=method)
+        assert store.calls == ["find"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Req
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import FailureCause, FetchPhase, Granted, IndexEntry, Topic
+from distributor_node.shared.runtime.threads import BlockingPool, Params, Result
 from tests.integration.fetcher_harness import LIMIT, OBJECT_ID, Harness, fetcher_harness
 from tests.mounting import small_file_system
 from tests.waiting import eventually
@@ -31,6 +32,18 @@ SLOW = Fault(bytes_per_second=2_000_000)
 async def harness(tmp_path: Path) -> AsyncIterator[Harness]:
     async with fetcher_harness(tmp_path / "volume", [DATA], lease=1.0) as ready:
         yield ready
+
+
+class CountingPool(BlockingPool):
+    """Counts its calls."""
+
+    calls = 0
+
+    async def run(
+        self, call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
+    ) -> Result:
+        self.calls += 1
+        return await super().run(call, *args, **kwargs)
 
 
 def start(harness: Harness, wanted: MediaObject | None = None) -> asyncio.Task[JobOutcome]:
@@ -159,6 +172,59 @@ async def test_an_object_missing_from_the_index_is_reindexed(harness: Harness) -
     assert await start(harness) == Ack("already_cached")
     assert (await harness.state.usage()) == before
     assert len(harness.nodes[0].requests) == 1
+
+
+async def test_an_object_of_another_size_is_reindexed_with_its_own(harness: Harness) -> None:
+    await start(harness)
+    before = await harness.state.usage()
+    harness.state.tables.drop_object(harness.state.tables.objects[OBJECT_ID])
+    listed = MediaObject(OBJECT_ID, len(DATA) + 500_000, sources=harness.sources)
+    assert await start(harness, listed) == Ack("already_cached")
+    assert (await harness.state.usage()) == before
+    assert len(harness.nodes[0].requests) == 1
+
+
+async def test_a_worker_that_dies_between_lease_and_look_leaves_nothing_reserved(tmp_path: Path) -> None:
+    async with fetcher_harness(tmp_path, [DATA], lease=0.3) as harness:
+        await start(harness)
+        before = await harness.state.usage()
+        harness.state.tables.drop_object(harness.state.tables.objects[OBJECT_ID])
+        assert isinstance(await harness.state.begin(OBJECT_ID, len(DATA), "killed"), Granted)
+        assert await start(harness) == Ack("already_cached")  # that lease is held, and the file is there
+        await asyncio.sleep(0.4)
+        assert await start(harness) == Ack("already_cached")
+        assert (await harness.state.usage()) == before
+        assert len(harness.nodes[0].requests) == 1
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+async def test_without_a_volume_only_bytes_that_may_be_there_stay_reserved(
+    harness: Harness, resumed: bool
+) -> None:
+    if resumed:
+        granted = await harness.state.begin(OBJECT_ID, len(DATA), "stopped")
+        assert isinstance(granted, Granted)
+        await harness.state.park(granted.lease)
+    harness.volume.root.rename(harness.volume.root.with_name("unmounted"))
+    assert isinstance(await start(harness), Retry)
+    assert (await harness.state.usage()).reserved == (footprint(len(DATA)) if resumed else 0)
+
+
+async def test_a_client_waits_for_one_look_at_the_volume(harness: Harness) -> None:
+    """Opening a file is quick; switching to a thread and back is not, for a small object."""
+    harness.nodes[0].faults.add(Fault(hang_before_headers=True))
+    harness.disk = pool = CountingPool(2)
+    running = start(harness)
+
+    async def asked() -> bool:
+        return len(harness.nodes[0].requests) == 1
+
+    await eventually(asked)
+    calls = pool.calls
+    running.cancel()
+    await running
+    await pool.close()
+    assert calls == 1
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from distributor_node.services.api.accesses import AccessCounter
 from distributor_node.services.api.fetch_capacity import FetchEvents
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import VIEW_WINDOW
 from distributor_node.shared.ports.state_store import Access, Announcement, Topic
 from tests.counters import counted
@@ -128,3 +130,57 @@ async def test_waiters_are_woken_by_their_object_alone() -> None:
     finally:
         listener.cancel()
         await asyncio.wait({listener})
+
+
+async def test_a_verified_file_wakes_its_waiters_without_an_announcement(tmp_path: Path) -> None:
+    volume = Volume(tmp_path)
+    volume.prepare()
+    fetch_events = FetchEvents(make_store(), volume=volume)
+    listener = asyncio.create_task(fetch_events.run())
+    record = StoredRecord(ONE, 5, '"a"', None, "text/plain", 1)
+    try:
+        async with asyncio.timeout(60):
+            await fetch_events.wait(TWO, 60)  # the listener's greeting
+            woken = asyncio.create_task(fetch_events.wait(ONE, 60))
+            other = asyncio.create_task(fetch_events.wait(TWO, 60))
+            await asyncio.sleep(0)
+            partial = volume.open_partial_for_writing(record)
+            partial.write(0, b"bytes")
+            for _ in range(10):
+                await asyncio.sleep(0.001)
+            assert not woken.done()  # nothing to look at yet
+            partial.mark_verified()
+            assert await woken
+        assert not other.done()
+        other.cancel()
+        await asyncio.wait({other})
+        partial.close()
+    finally:
+        listener.cancel()
+        await asyncio.wait({listener})
+        volume.close()
+
+
+async def test_the_partial_files_of_a_volume_that_is_mounted_later_are_watched(tmp_path: Path) -> None:
+    volume = Volume(tmp_path / "volume")
+    volume.prepare()
+    fetch_events = FetchEvents(make_store(), volume=volume)
+    listener = asyncio.create_task(fetch_events.run())
+    try:
+        async with asyncio.timeout(60):
+            await fetch_events.wait(TWO, 60)
+            volume.root.rename(tmp_path / "before")
+            later = Volume(volume.root)
+            later.prepare()
+            volume.check()
+            woken = asyncio.create_task(fetch_events.wait(ONE, 60))
+            await asyncio.sleep(0)
+            partial = later.open_partial_for_writing(StoredRecord(ONE, 5, '"a"', None, "text/plain", 1))
+            partial.mark_verified()
+            assert await woken
+        partial.close()
+        later.close()
+    finally:
+        listener.cancel()
+        await asyncio.wait({listener})
+        volume.close()

@@ -278,6 +278,10 @@ class MissHandler:
             # Whatever the state of its fetch is, the object has to be looked up, and unknown ids end here: a flood of
             # them costs the state store nothing.
             media_object = await look_up(self._context, response.request, object_id)
+            claimable = None if by_proxy else self._claimable(asset_request, response, media_object)
+            if claimable is not None:
+                await self._start_fetch(asset_request, claimable, media_object)
+                return
         status = None if by_proxy else await self._find(object_id)
         fetch = live_fetch(status) if status is not None else None
         draining = self._context.operator_state.current.draining
@@ -306,6 +310,25 @@ class MissHandler:
             await self._proxy(pending, status.failure if status is not None else None)
             return
         await self._start_fetch(asset_request, pending, media_object)
+
+    def _claimable(
+        self, asset_request: AssetRequest, response: ResponseWriter, media_object: MediaObject
+    ) -> PendingRequest | None:
+        """Return what to claim without asking for the object's status first: a refused claim tells it as well.
+
+        None: the response depends on the status in another way, or does not need it.
+        """
+        if response.hop is not None or self._context.operator_state.current.draining:
+            return None
+        if not is_cacheable(media_object, self._context.settings.storage.largest_cached_size):
+            return None
+        representation = Representation.from_object(media_object)
+        response.set_object_size(representation.size)
+        span = select_span(asset_request, representation, MISS)
+        if isinstance(span, ResponseHead):
+            return None
+        pending = PendingRequest(response, representation, span, BYPASS, media_object)
+        return pending if self._is_kept(pending) else None
 
     def _is_kept(self, pending: PendingRequest) -> bool:
         """Whether this node of the fleet is to keep the object. Without a fleet it keeps all."""
@@ -409,11 +432,11 @@ class MissHandler:
             # Bytes of an earlier fetch are sent at once, as those of one that is going on.
             outcome = MISS if self._partial_representation(media_object.object_id) is None else PENDING
             await self._pending_responder.respond(replace(pending, outcome=outcome), start.publish_failed)
+        elif claim.status.fetch is not None:
+            response, object_id = pending.response, media_object.object_id
+            await self._respond_pending(asset_request, object_id, response, claim.status.fetch, media_object)
         else:
-            fetch = claim.status.fetch
-            source = fetch.source if fetch is not None else None
-            tracing.current_span().link(fetch.trace if fetch is not None else "")
-            await self._pending_responder.respond(replace(pending, outcome=PENDING, source=source))
+            await self._pending_responder.respond(replace(pending, outcome=PENDING))
 
     def _open_complete(self, object_id: ObjectId) -> OpenObject | None:
         try:

@@ -20,7 +20,9 @@ from pathlib import Path
 import structlog
 
 from distributor_node.shared.adapters.volume.layout import (
+    INCOMING,
     OBJECTS,
+    PART_SUFFIX,
     RECORDS,
     TRASH,
     Directories,
@@ -266,7 +268,7 @@ def unlink_trashed(directories: Directories, name: str, *, truncates: bool) -> b
 
 
 class ChangeWatch:
-    """Watches the shards of `objects/` that it is asked to. Not safe to use from several threads.
+    """Watches the shards of `objects/` that it is asked to, or the partial files. Not safe to use from several threads.
 
     The kernel says nothing of a file that is written through a shared mapping, or through a hard link in another
     directory: look at files now and then all the same.
@@ -283,30 +285,33 @@ class ChangeWatch:
 
     def covers(self, object_id: str) -> bool:
         """Whether changes of this object's file will be told from now on. Look at the file after this call."""
-        number = shard(object_id)
-        covered = self._watched.get(number)
-        if covered is None:
-            covered = self._watch(number)
-        return covered
+        return self._watch(f"{OBJECTS}/{shard(object_id)}", _WATCHED)
 
-    def _watch(self, number: str) -> bool:
+    def covers_partials(self) -> bool:
+        """Whether `read_partials` will tell of partial files from now on."""
+        return self._watch(INCOMING, _ATTRIB | _DELETE_SELF | _MOVE_SELF)
+
+    def _watch(self, place: str, events: int) -> bool:
+        covered = self._watched.get(place)
+        if covered is not None:
+            return covered
         try:
-            folder = self._directories.descriptor(f"{OBJECTS}/{number}")
+            folder = self._directories.descriptor(place)
         except OSError:
             return False  # not made yet: asked again
         try:
             if self._type_of(folder) not in _LOCAL_FILE_SYSTEMS:
-                self._watched[number] = False
+                self._watched[place] = False
                 return False
             path = f"/proc/self/fd/{folder}".encode()  # the open directory, whatever has its name now
-            if self._libc.inotify_add_watch(self.descriptor, path, _WATCHED | _ONLY_DIRECTORY) < 0:
+            if self._libc.inotify_add_watch(self.descriptor, path, events | _ONLY_DIRECTORY) < 0:
                 raise _last_error("inotify_add_watch")
         except OSError as error:
             if True not in self._watched.values():
                 logger.warning("volume_not_watched", reason=str(error))
-            self._watched[number] = False
+            self._watched[place] = False
             return False
-        self._watched[number] = True
+        self._watched[place] = True
         return True
 
     def _type_of(self, descriptor: int) -> int:
@@ -334,6 +339,13 @@ class ChangeWatch:
                 names.add(name)
             if len(events) < _READ_BYTES // 2:
                 return names
+
+    def read_partials(self) -> set[str] | None:
+        """The ids of objects whose partial files have been verified, or have become sparse. None: as `read`."""
+        names = self.read()
+        if names is None:
+            return None
+        return {name.removesuffix(PART_SUFFIX) for name in names if name.endswith(PART_SUFFIX)}
 
     def close(self) -> None:
         if self.descriptor >= 0:

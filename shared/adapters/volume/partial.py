@@ -10,11 +10,13 @@ gap are written, it is marked as sparse. From then on its size says nothing: the
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import stat
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
@@ -58,6 +60,23 @@ _PROBED = 1024 * 1024  # bytes of the hole that is tried out
 
 _MAX_REPLACED = 100
 """Times that one open finds another file than it has just opened. More is no race with another writer."""
+
+
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+
+
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Return sync_file_range(2), which Python's os does not have; None where libc does not either."""
+    try:
+        found = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    call: Callable[[int, int, int, int], int] = found
+    return call
+
+
+_sync_file_range = _find_sync_file_range()
 
 
 class PartialHeld(VolumeError):
@@ -168,7 +187,9 @@ class PartialFile:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _same_file(descriptor, self._name, self._incoming):
-                    os.fchmod(descriptor, _UNVERIFIED_MODE | (os.fstat(descriptor).st_mode & _SPARSE))
+                    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+                    if mode != (wanted := _UNVERIFIED_MODE | (mode & _SPARSE)):
+                        os.fchmod(descriptor, wanted)
                     return descriptor
             except BlockingIOError:
                 os.close(descriptor)
@@ -325,6 +346,15 @@ class PartialFile:
                 written = os.pwrite(self._descriptor, view, offset)
                 offset += written
                 view = view[written:]
+
+    def start_writeback(self, first: int, end: int) -> None:
+        """Have the kernel write bytes `first` to `end` (exclusive) to the disk, without waiting for it.
+
+        A hint, which does nothing where the kernel or the file system knows none. Durable are the bytes only after a
+        sync. Blocking while the disk's queue is full.
+        """
+        if _sync_file_range is not None:
+            _sync_file_range(self._descriptor, first, end - first, _SYNC_FILE_RANGE_WRITE)
 
     def restart(self) -> None:
         """Start again with a new, empty file. Followers of the old file see that it was unlinked.

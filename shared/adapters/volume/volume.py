@@ -252,6 +252,14 @@ class Volume:
             logger.warning("volume_not_watched", reason=str(error))
             return None
 
+    def watch_partials(self) -> ChangeWatch | None:
+        """A watch of the partial files, likewise."""
+        watch = self.watch_changes()
+        if watch is not None and not watch.covers_partials():
+            watch.close()
+            return None
+        return watch
+
     def read_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of an object, or None if there is none or it is invalid."""
         found = self.read_stored(object_id)

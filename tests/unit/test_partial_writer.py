@@ -1,0 +1,144 @@
+"""How received bytes reach the partial file: in which pieces, and when the disk is told to take them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from distributor_node.services.fetcher.download import PartialWriter
+from distributor_node.services.fetcher.lease import LeaseRenewer, LeaseTimes
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import PartialFile, Volume
+from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
+from distributor_node.shared.ports.state_store import Granted
+from distributor_node.shared.runtime.threads import BlockingPool
+from distributor_node.shared.waiting import boot_time
+from tests.waiting import eventually
+
+KIB, MIB = 1024, 1024 * 1024
+OBJECT_ID = ObjectId("1")
+
+
+class ObservedFile(PartialFile):
+    """Notes what is written, and what the disk is told to take. `slow_disk`: the disk takes nothing until it is set."""
+
+    def observe(self) -> None:
+        self.writes: list[tuple[int, int]] = []
+        self.handed_over: list[tuple[int, int]] = []
+        self.slow_disk = threading.Event()
+        self.slow_disk.set()
+
+    async def has_writes(self) -> bool:
+        return bool(self.writes)
+
+    async def is_full(self) -> bool:
+        return self.size == self.record.size
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        super().write(offset, data)
+        self.writes.append((offset, offset + len(data)))
+
+    def start_writeback(self, first: int, end: int) -> None:
+        self.slow_disk.wait(30)
+        super().start_writeback(first, end)
+        self.handed_over.append((first, end))
+
+
+class Bench:
+    def __init__(self, volume: Volume, renewer: LeaseRenewer, disk: BlockingPool) -> None:
+        self.volume, self.renewer, self.disk = volume, renewer, disk
+
+    def open(self, size: int) -> ObservedFile:
+        record = StoredRecord(
+            OBJECT_ID, size, '"tag"', ContentHash("sha256", bytes(32)), "video/mp4", 1_700_000_000
+        )
+        file = ObservedFile(self.volume._directories, record)
+        file.observe()
+        file.open(write_sidecar=True)
+        return file
+
+    def writer(self, file: PartialFile) -> PartialWriter:
+        return PartialWriter(file, None, self.renewer, self.disk)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    volume = Volume(tmp_path)
+    volume.prepare()
+    state = MemoryStateStore(1 << 40, StateTimeouts(), lambda: 0.0)
+    term = await state.lead("evictor", 3600)
+    assert term is not None
+    await state.set_reconciled(term)
+    granted = await state.begin(OBJECT_ID, 64 * MIB, "worker")
+    assert isinstance(granted, Granted)
+    disk = BlockingPool(4)
+    yield Bench(volume, LeaseRenewer(state, granted.lease, LeaseTimes(60, 20), boot_time()), disk)
+    await disk.close()
+    volume.close()
+
+
+async def test_a_small_object_is_written_once_however_it_arrives(bench: Bench) -> None:
+    file = bench.open(64 * KIB)
+    writer = bench.writer(file)
+    async with writer.writing(0):
+        for _ in range(4):
+            await writer.put(bytes(16 * KIB))
+            for _ in range(20):
+                await asyncio.sleep(0)  # the writer has its turns
+    assert file.writes == [(0, 64 * KIB)]
+    file.close()
+
+
+async def test_what_has_arrived_of_a_small_object_is_written_when_no_more_comes(bench: Bench) -> None:
+    file = bench.open(64 * KIB)
+    writer = bench.writer(file)
+    async with writer.writing(0):
+        await writer.put(bytes(16 * KIB))
+        await eventually(file.has_writes)
+        await writer.put(bytes(48 * KIB))
+    assert file.writes == [(0, 16 * KIB), (16 * KIB, 64 * KIB)]
+    file.close()
+
+
+async def test_the_disk_takes_the_bytes_while_more_arrive(bench: Bench) -> None:
+    file = bench.open(64 * MIB)
+    writer = bench.writer(file)
+    async with writer.writing(0):
+        for _ in range(64):
+            await writer.put(bytes(MIB))
+    assert file.handed_over[0][0] == 0
+    assert all(
+        end == first for (_, end), (first, _) in zip(file.handed_over, file.handed_over[1:], strict=False)
+    )
+    assert all(end - first >= 16 * MIB for first, end in file.handed_over)
+    file.close()
+
+
+async def test_a_slow_disk_delays_no_byte_and_no_file_is_closed_under_it(bench: Bench) -> None:
+    file = bench.open(64 * MIB)
+    file.slow_disk.clear()
+    writer = bench.writer(file)
+
+    async def fill() -> None:
+        async with writer.writing(0):
+            for _ in range(64):
+                await writer.put(bytes(MIB))
+
+    filling = asyncio.create_task(fill())
+    await eventually(file.is_full)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not filling.done()
+    filling.cancel()
+    await asyncio.sleep(0.05)
+    assert not filling.done()
+    file.slow_disk.set()
+    with pytest.raises(asyncio.CancelledError):
+        await filling
+    assert len(file.handed_over) == 1
+    file.close()
