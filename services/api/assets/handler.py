@@ -416,6 +416,9 @@ class MissHandler:
             await self._pending_responder.proxy(pending)
             return
         admission = admission_question(self._context.settings, media_object.size)
+        # Bytes of an earlier fetch are sent at once, as those of one that is going on. After the claim, the file may be
+        # that of the fetch which this request has started.
+        resumed = self._partial_representation(media_object.object_id) is not None
         claim, start = await self._starter.start(
             media_object,
             pending.response.request_id,
@@ -429,8 +432,7 @@ class MissHandler:
         if claim is None or (not claim.won and claim.status.failure is not None):
             await self._proxy(pending, claim.status.failure if claim is not None else None)
         elif claim.won:
-            # Bytes of an earlier fetch are sent at once, as those of one that is going on.
-            outcome = MISS if self._partial_representation(media_object.object_id) is None else PENDING
+            outcome = PENDING if resumed else MISS
             await self._pending_responder.respond(replace(pending, outcome=outcome), start.publish_failed)
         elif claim.status.fetch is not None:
             response, object_id = pending.response, media_object.object_id
