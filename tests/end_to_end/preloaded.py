@@ -1,9 +1,9 @@
 """Processes of the command line that are forked from one which has imported the libraries, and so start sooner.
 
-The end-to-end tests start several hundred processes, and half of the CPU time that each needs to be ready is that of the
-same imports. Before the fork only libraries, the settings, the domain and the ports are imported, which hold nothing
-that belongs to one process. The services are imported after it, with the environment that the process was given: what a
-service decides before its imports, such as where its metrics are kept, it decides here too.
+The end-to-end tests start several hundred processes, and half of the CPU time that each needs to be ready is that of
+the same imports. Before the fork only libraries, the settings, the domain and the ports are imported, which hold
+nothing that belongs to one process. The services are imported after it, with the environment that the process was
+given: what a service decides before its imports, such as where its metrics are kept, it decides here too.
 """
 
 from __future__ import annotations
