@@ -36,6 +36,7 @@ from distributor_node.shared.ports.catalog import CatalogStatus
 from distributor_node.shared.ports.state_store import Granted, Lease, StateStore, WorkerReport
 from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, get
+from tests.waiting import eventually
 
 KIB, MIB = 1024, 1024 * 1024
 LIMIT = 64 * MIB
@@ -223,10 +224,14 @@ class AssetsHarness:
     async def jobs(self) -> int:
         return (await self.queue.depth()).ready
 
-    async def waiting(self, object_id: str) -> int:
-        """Requests that wait for bytes of the object, or are being sent them as they come."""
-        viewers = (await self.context.viewers.positions(watched=True)).get("viewers", {})
-        return len(viewers.get(object_id, ()))
+    async def until_pending(self, object_id: str, requests: int) -> None:
+        """Return when so many requests wait for bytes of the object, or are being sent them as they come."""
+
+        async def as_many() -> bool:
+            viewers = (await self.context.viewers.positions(watched=True)).get("viewers", {})
+            return len(viewers.get(object_id, ())) == requests
+
+        await eventually(as_many, what=f"{requests} pending requests of {object_id}")
 
     def open_files(self) -> int:
         """Files of the volume (objects and partial files) that this process has open."""

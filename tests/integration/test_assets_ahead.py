@@ -166,7 +166,7 @@ async def test_a_fetch_that_dies_behind_a_gap_is_continued_from_a_source(tmp_pat
         fetch.partial.name_extents(Extents.of((0, MIB), (4 * MIB, 12 * MIB)))
         far = asyncio.create_task(view(harness, 10 * MIB, SIZE - 1))
         near = asyncio.create_task(view(harness, 4 * MIB, SIZE - 1))
-        await eventually(lambda: harness.open_files() >= 3)
+        await harness.until_pending("1", 2)
         await asyncio.sleep(0.3)
         assert not sent(harness)
         fetch.partial.close()

@@ -98,11 +98,7 @@ async def test_without_a_catalog_type_the_sources_type_is_sent_with_the_first_by
     await eventually(harness.has_job)
     fetch = await harness.begin("2")
     pending = await ask(harness, "2")
-
-    async def both_wait() -> bool:
-        return await harness.waiting("2") == 2
-
-    await eventually(both_wait)
+    await harness.until_pending("2", 2)
     fetch.partial.set_media_type("video/webm")
     fetch.write_to(SIZE // 2)
     heads = [(await client.read_head()).decode().lower() for client in (missed, pending)]
@@ -291,6 +287,7 @@ async def test_a_client_that_leaves_ends_no_fetch_and_leaves_no_file_open(harnes
     client = await ask(harness, "1")
     await eventually(harness.has_job)
     client.writer.transport.abort()
+    await harness.until_pending("1", 0)
     fetch = await harness.begin("1", written=500_000)
     before = harness.open_files()
     second = await ask(harness, "1")
