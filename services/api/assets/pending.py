@@ -311,5 +311,7 @@ class PendingResponder:
         if pending.follower is not None:
             streamer.on_near = partial(context.viewers.come_near, pending.follower)
             streamer.near = (context.settings.fetch.window or 0) // 2
-            poller.on_parked = partial(self._start_again, pending)
+        # Also for objects without a window: the lease that this request saw may have been the evictor's, which measures
+        # a parked file under it.
+        poller.on_parked = partial(self._start_again, pending)
         return streamer
