@@ -13,7 +13,7 @@ import re
 import ssl
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -359,16 +359,10 @@ class _Body(httpx.AsyncByteStream):
         self._release: Callable[..., None] | None = release
         self._complete = head.length == 0
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
         if self._head.chunked:
-            pieces = self._read_chunked()
-        elif self._head.length is None:
-            pieces = self._read_to_end()
-        else:
-            pieces = self._read_length(self._head.length)
-        async with aclosing(pieces):
-            async for piece in pieces:
-                yield piece
+            return self._read_chunked()
+        return self._read_to_end() if self._head.length is None else self._read_length(self._head.length)
 
     async def _read_length(self, length: int) -> AsyncGenerator[bytes]:
         left = length
