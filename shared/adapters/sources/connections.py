@@ -397,7 +397,10 @@ class _Body(httpx.AsyncByteStream):
     async def aclose(self) -> None:
         if self._release is not None:
             release, self._release = self._release, None
-            release(reusable=self._complete and self._head.keep_alive)
+            reusable = self._complete and self._head.keep_alive
+            release(reusable=reusable)
+            if not reusable:
+                await asyncio.sleep(0)  # the event loop closes the socket
 
 
 # Messages. Pure.
