@@ -149,6 +149,8 @@ class HttpConnection(asyncio.Protocol):
             self.transport.write(data)
             if not self._writable.is_set():
                 await self._writable.wait()
+            elif self.transport.is_closing():
+                await asyncio.sleep(0)  # the client has left, which the loop tells in its next turn
         if self.lost.is_set():
             raise ConnectionLost("the client closed the connection")
 

@@ -419,6 +419,29 @@ async def test_a_cold_object_is_read_and_sent(harness: AssetsHarness, disk: Cold
     assert disk.reads > LARGE // MIB
 
 
+async def test_most_of_a_cold_object_is_sent_without_a_copy(
+    harness: AssetsHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, preadv = 0, os.preadv
+
+    def count(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        nonlocal copied
+        got = preadv(descriptor, buffers, offset, flags)
+        copied += 0 if flags & os.RWF_NOWAIT else got
+        return got
+
+    file = harness.store("2")
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    monkeypatch.setattr(os, "preadv", count)
+    reader, writer = await harness.connect()
+    writer.write(ask("2"))
+    assert (await read_answer(reader))[1] == harness.data["2"]
+    assert copied <= MIB < LARGE // 2
+
+
 async def test_a_cold_read_does_not_wait_for_other_threads(harness: AssetsHarness, disk: ColdDisk) -> None:
     """Those of the loop hash and scan for seconds."""
     hashed = threading.Event()

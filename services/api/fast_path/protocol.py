@@ -15,7 +15,12 @@ from typing import Any
 import structlog
 
 from distributor_node.services.api.accesses import AccessCounter, AccessRenewal
-from distributor_node.services.api.assets.response import is_cached, peek_cached, read_chunk
+from distributor_node.services.api.assets.response import (
+    is_cached,
+    load_into_cache,
+    peek_cached,
+    read_chunk,
+)
 from distributor_node.services.api.fast_path.handler import FastPath, PreparedResponse
 from distributor_node.services.api.fast_path.object_cache import BLOCKED_SECONDS, CachedObject
 from distributor_node.services.api.protocol import ApiHttp, PublicProtocol, peer_of
@@ -306,6 +311,7 @@ class FileSender:
         self._length = length
         self._renewal = AccessRenewal(accesses, cached.object_id)
         self._cached_until = 0
+        self._is_untold = False  # bytes that were just read do not seem to be in memory
         self.sent = sent  # bytes of the body sent so far
         self.started = sent > 0  # bytes of the head or the body have been sent
         self.started_at = perf_counter()
@@ -340,7 +346,7 @@ class FileSender:
     async def _send_chunk(self, connection: Connection) -> None:
         remaining = self._length - self.sent
         position = self._first + self.sent
-        if position >= self._cached_until and not self._readahead(position, remaining):
+        if position >= self._cached_until and not await self._load(position, remaining):
             await self._write_chunk(connection, min(COLD_READ_CHUNK, remaining))
             return
         length = min(remaining, self._cached_until - position)
@@ -352,14 +358,26 @@ class FileSender:
             # For a client that takes everything at once nothing waits here, and other connections would starve.
             await asyncio.sleep(0)
 
-    def _readahead(self, position: int, remaining: int) -> bool:
-        """Whether the next bytes are in memory. If not, ask the kernel to read them ahead."""
+    async def _load(self, position: int, remaining: int) -> bool:
+        """Have the next bytes read into memory if they are not there. Returns whether sendfile would find them there.
+
+        False on a file system that cannot tell: sendfile might wait for a server.
+        """
         window = min(remaining, SENDFILE_CHUNK)
-        if is_cached(self._file, position, window):
-            self._cached_until = position + window
-            return True
-        os.posix_fadvise(self._file, position, min(remaining, _READAHEAD_BYTES), os.POSIX_FADV_WILLNEED)
-        return False
+        if not is_cached(self._file, position, window):
+            os.posix_fadvise(self._file, position, min(remaining, _READAHEAD_BYTES), os.POSIX_FADV_WILLNEED)
+            if self._is_untold:
+                return False
+            try:
+                await load_into_cache(self._file, position, window)
+            except OSError as error:
+                logger.error("object_unreadable", object_id=self._cached.object_id, reason=error.strerror)
+                raise TruncatedFile(self._cached.object_id) from error
+            if not is_cached(self._file, position, window):
+                self._is_untold = True
+                return False
+        self._cached_until = position + window
+        return True
 
     async def _write_chunk(self, connection: Connection, length: int) -> None:
         await self._write(connection, await self._read(length))
