@@ -327,15 +327,19 @@ class _Fetches:
     """Finds out which requests shared a fetch, by the cache results in the log.
 
     A pending request joined the fetch that an earlier miss began. Among simultaneous requests, the log may have the
-    miss after the pending ones.
+    miss after the pending ones. Objects that are fetched with a window stay pending for days: after as long a pause as
+    a view lasts a pending request has begun another fetch.
     """
 
     def __init__(self, objects: int) -> None:
         never = array("d", [-math.inf]) * objects
         self._began, self._pending_since, self._pending_last = never, never[:], never[:]
+        self._last = never[:]  # request
 
     def joined(self, number: int, at: float, cache: int) -> float | None:
         """Return when the fetch began that a request joined. None: it joined none, or began one."""
+        paused = at - self._last[number] >= VIEW_WINDOW
+        self._last[number] = at
         if cache in (_HIT, _NOT_LOGGED):
             self._began[number] = self._pending_last[number] = -math.inf
             return None
@@ -347,7 +351,7 @@ class _Fetches:
         if not together:
             self._pending_since[number] = at
         self._pending_last[number] = at
-        if self._began[number] == -math.inf:
+        if paused or self._began[number] == -math.inf:
             self._began[number] = at
         return self._began[number]
 

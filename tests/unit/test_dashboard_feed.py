@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from distributor_node.services.api.dashboard.feed import DownloadProgress, GrowthRates, ProblemTimes
 from distributor_node.services.api.operator.explain import in_words
+from distributor_node.services.command_line.top import screen
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import EvictionReason
 from distributor_node.shared.settings.sizes import plural
@@ -151,3 +154,28 @@ def test_one_of_a_kind_is_told_in_the_singular() -> None:
         )[-1]
         == "1 object (10 B) would be evicted before it."
     )
+
+
+def test_the_terminal_tells_probes_from_requests_and_one_from_many() -> None:
+    said = {"hit": 1, "pending": 0, "miss": 0, "local": 5, "external": 0, "fetched": 0}
+    source = {"rank": 1, "penaltyLeft": 0, "bytes": 0, "failures": {}, "firstBytes": [0.01, 0.03]}
+    shown = StringIO()
+    console = Console(file=shown, width=160)
+    console.print(
+        screen({
+            "node": {"id": "n", "version": "1", "environment": "test"}, "components": [], "processes": [],
+            "totals": {"hour": said, "day": {**said, "hit": 2}}, "at": 0.0, "downloads": [],
+            "volume": {"limit": 10, "used": 5, "reserved": 0, "objects": 1, "removed": []},
+            "queue": {"downloads": 0, "waiting": 0},
+            "sources": [{**source, "name": "a:80", "requests": 0}, {**source, "name": "b:80", "requests": 3}],
+        })
+    )  # fmt: skip
+    lines = shown.getvalue().splitlines()
+    assert any("1 of 1 request from disk" in line for line in lines)
+    assert any("2 of 2 requests from disk" in line for line in lines)
+    assert any("5 B in 1 object, " in line for line in lines)
+    (probed,) = [line for line in lines if "a:80" in line]
+    (asked,) = [line for line in lines if "b:80" in line]
+    assert "20 ms, of probes" in probed
+    assert "20 ms" in asked
+    assert "probes" not in asked

@@ -65,7 +65,8 @@ def test_a_short_secret_is_named_once_and_works() -> None:
     assert weak_secret("ä" * 16) is None, "bytes count"
     with pytest.warns(jwt.InsecureKeyLengthWarning):
         signed = jwt.encode({"iat": int(NOW), "reqUrl": URL, "reqBody": BODY}, short, algorithm="HS256")
-    assert authenticate(SignedRequest([f"bearer {signed}"], URL, json.dumps(BODY).encode()), short, NOW)
+    request = SignedRequest([f"bearer {signed}"], URL, json.dumps(BODY).encode())
+    assert authenticate(request, short, NOW).body == BODY
 
 
 def test_no_body_is_an_empty_object() -> None:

@@ -290,6 +290,19 @@ def test_waiting_clients_per_fetch() -> None:
     assert recording.logged_hit_ratio == 1 / 9
 
 
+def test_a_pending_request_after_a_pause_has_joined_no_fetch_of_before() -> None:
+    recording = Recording()
+    for at, cache in (
+        (0.0, "miss"),
+        (200.0, "pending"),
+        (400.0, "pending"),
+        (700.0, "pending"),
+        (701.0, "pending"),
+    ):
+        recording.add(LogLine(at, ObjectId("1"), 10, size=100, cache=cache))
+    assert [request.joined for request in recording.requests()] == [None, 0.0, 0.0, 700.0, 700.0]
+
+
 def test_a_304_for_a_miss_starts_no_fetch() -> None:
     recording = Recording()
     for at, cache, unchanged in ((0.0, "miss", False), (5.0, "miss", True), (6.0, "pending", False)):

@@ -110,9 +110,8 @@ def weak_secret(secret: str) -> str | None:
 def _decode_claims(token: str, secret: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", InsecureKeyLengthWarning
-            )  # said once, at the start: see weak_secret
+            # It is said once, at the start: see weak_secret
+            warnings.simplefilter("ignore", InsecureKeyLengthWarning)
             return jwt.decode(
                 token,
                 secret,
