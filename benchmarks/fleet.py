@@ -7,6 +7,8 @@ hot objects and eviction are its own code. The sum of the limits is the same for
 - hit: share of the requests that no far source was needed for
 - between: bytes between nodes per byte sent to clients
 - busiest: bytes that the busiest node sent, to clients and other nodes, as a multiple of the mean
+- lost: with `fail`, of the bytes that the failed node alone had and that were asked for afterwards, the share that came
+  from far sources again; what nobody asks for again costs nothing
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ views stands for many."""
 
 @dataclass(frozen=True)
 class Case:
-    """One fleet. `mode`: `apart` (no peers), `home` (every object at its home alone) or `fleet` (as the node does)."""
+    """One fleet.
+
+    `mode`: `apart` (no peers), `home` (every object at its home alone), `fleet` (as the node does), `copies` (as the
+    node does with `peers.copies: 2`) or `at once` (the same, but a copy is made with the first view).
+    """
 
     nodes: int
     mode: str
@@ -53,6 +59,8 @@ class Counts:
     sent: int = 0
     from_sources: int = 0
     between: int = 0
+    had: int = 0  # bytes of objects that the failed node had and that were asked for since
+    lost: int = 0  # of these, from sources
 
 
 class Node:
@@ -66,6 +74,16 @@ class Node:
 
     def has(self, object_id: ObjectId) -> bool:
         return object_id in self._policy
+
+    def ids(self) -> set[ObjectId]:
+        return set(self._policy.ids())
+
+    def copy(self, request: Request) -> int:
+        """Store a second copy. Returns the bytes that had to be got for it."""
+        sent = self.sent
+        missing = self.serve(request._replace(sent=0))
+        self.sent = sent
+        return missing
 
     def serve(self, request: Request) -> int:
         """Send the object; returns the bytes that this node had to get for it."""
@@ -86,6 +104,7 @@ class Fleet:
             f"http://node-{number}": Node(self._limit, self._half_life) for number in range(case.nodes)
         }
         self.counts = Counts()
+        self._failed_had: set[ObjectId] = set()
         self.rebuild(self.nodes)
 
     def rebuild(self, names: Sequence[str] | dict[str, Node]) -> None:
@@ -94,6 +113,11 @@ class Fleet:
         self._former: Ring | None = getattr(self, "_current", None)
         self._current = self.ring
         self._ranked: dict[ObjectId, tuple[str, ...]] = {}
+
+    def fail(self) -> None:
+        """The first node leaves, with what it has."""
+        self._failed_had = self.nodes[self.alive[0]].ids()
+        self.rebuild(self.alive[1:])
 
     def add(self) -> None:
         self.nodes[f"http://node-{len(self.nodes)}"] = Node(self._limit, self._half_life)
@@ -109,7 +133,12 @@ class Fleet:
             counts.from_sources += node.serve(request)
         else:
             self._ask_fleet(request, name, node)
-        counts.hits += counts.from_sources == before
+        missed = counts.from_sources - before
+        counts.hits += not missed
+        if request.object_id in self._failed_had:
+            self._failed_had.remove(request.object_id)
+            counts.had += request.size
+            counts.lost += missed
 
     def _ask_fleet(self, request: Request, name: str, node: Node) -> None:
         object_id = request.object_id
@@ -120,7 +149,7 @@ class Fleet:
         if name == home or node.has(object_id):
             self._fetch(request, name, node)
             return
-        kept = self._case.mode == "fleet" and (
+        kept = self._case.mode != "home" and (
             request.size <= _RULES.keep_below
             or node.hot.count(object_id, request.size, 1.0, ranked.index(name), len(ranked), request.at)
         )
@@ -134,6 +163,8 @@ class Fleet:
         """Serve from this node; what it lacks comes from the former home if that has it, else from a source."""
         had = node.has(request.object_id)
         missing = node.serve(request)
+        if had or self._case.mode == "at once":
+            self._offer(request, name)
         if missing and not had and self._former is not None:
             former = self._former.home(request.object_id)
             if former != name and former in self.alive and self.nodes[former].has(request.object_id):
@@ -141,6 +172,17 @@ class Fleet:
                 self.counts.between += missing
                 return
         self.counts.from_sources += missing
+
+    def _offer(self, request: Request, name: str) -> None:
+        """Have the second home copy the object, if this node is its home."""
+        ranked = self._ranked.get(request.object_id) or self.ring.ranked(request.object_id)
+        if self._case.mode not in ("copies", "at once") or ranked[0] != name or len(ranked) < 2:
+            return
+        second = self.nodes[ranked[1]]
+        if request.size > _RULES.keep_below and not second.has(request.object_id):
+            copied = second.copy(request)
+            self.nodes[name].sent += copied
+            self.counts.between += copied
 
 
 def run(case: Case) -> tuple[Case, Counts, float]:
@@ -158,7 +200,7 @@ def run(case: Case) -> tuple[Case, Counts, float]:
             for node in fleet.nodes.values():
                 node.sent = 0
             if case.event == "fail":
-                fleet.rebuild(fleet.alive[1:])
+                fleet.fail()
             elif case.event == "join":
                 fleet.add()
         fleet.ask(request, random.choice(fleet.alive))
@@ -172,9 +214,10 @@ def run(case: Case) -> tuple[Case, Counts, float]:
 def line(case: Case, counts: Counts, busiest: float) -> str:
     """One row of a Markdown table."""
     sent = max(1, counts.sent)
+    lost = f"{counts.lost / counts.had:.3f}" if counts.had else "–"
     return (
         f"| {case.nodes} | {case.mode} | {case.event or '–'} | {counts.from_sources / sent:.3f} |"
-        f" {counts.hits / max(1, counts.requests):.3f} | {counts.between / sent:.3f} | {busiest:.2f} |"
+        f" {counts.hits / max(1, counts.requests):.3f} | {counts.between / sent:.3f} | {busiest:.2f} | {lost} |"
     )
 
 
@@ -183,7 +226,7 @@ def cases(nodes: Sequence[int], views: int) -> list[Case]:
     plain = [
         Case(count, mode, views)
         for count in nodes
-        for mode in ("apart", "home", "fleet")
+        for mode in ("apart", "home", "fleet", "copies", "at once")
         if count > 1 or mode == "apart"
     ]
     events = [
@@ -191,7 +234,8 @@ def cases(nodes: Sequence[int], views: int) -> list[Case]:
         for count in (4, 32)
         if count in nodes
         for event in ("fail", "join", "drift", "hot")
-        for mode in ("home", "fleet")
+        for mode in ("home", "fleet", "copies", "at once")
+        if mode in ("home", "fleet") or event == "fail"
     ]
     return plain + events
 
@@ -205,7 +249,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     chosen = [int(count) for count in arguments.nodes.split(",")]
-    print("| nodes | mode | event | source | hit | between | busiest |\n|---|---|---|---|---|---|---|")
+    print(
+        "| nodes | mode | event | source | hit | between | busiest | lost |\n|---|---|---|---|---|---|---|---|"
+    )
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         for result in pool.map(run, cases(chosen, arguments.views)):
