@@ -1,14 +1,16 @@
-"""How a fleet of nodes caches, by simulation: `python -m benchmarks.fleet [--views N] [--nodes 1,4,…]`.
+"""How a fleet of nodes caches, by simulation: `python -m benchmarks.fleet [--views N] [--nodes 1,4,…] [--copies]`.
 
 The traffic is that of `benchmarks.traces`; each view arrives at a node by chance. Nodes decide as the node does: ring,
-hot objects and eviction are its own code. The sum of the limits is the same for every number of nodes. Columns:
+hot objects and eviction are its own code. The sum of the limits is the same for every number of nodes. `--copies` tells
+what second copies cost, and what they save when a node fails, for several sums of the limits. Columns:
 
+- space: the sum of the limits, as a share of the bytes of all objects
 - source: bytes from far sources per byte sent to clients
 - hit: share of the requests that no far source was needed for
 - between: bytes between nodes per byte sent to clients
 - busiest: bytes that the busiest node sent, to clients and other nodes, as a multiple of the mean
 - lost: with `fail`, of the bytes that the failed node alone had and that were asked for afterwards, the share that came
-  from far sources again; what nobody asks for again costs nothing
+  from far sources again; what is not asked for again costs nothing
 """
 
 from __future__ import annotations
@@ -178,9 +180,8 @@ class Fleet:
         ranked = self._ranked.get(request.object_id) or self.ring.ranked(request.object_id)
         if self._case.mode not in ("copies", "at once") or ranked[0] != name or len(ranked) < 2:
             return
-        second = self.nodes[ranked[1]]
-        if request.size > _RULES.keep_below and not second.has(request.object_id):
-            copied = second.copy(request)
+        if request.size > _RULES.keep_below:
+            copied = self.nodes[ranked[1]].copy(request)  # an access, if it is there
             self.nodes[name].sent += copied
             self.counts.between += copied
 
@@ -216,7 +217,7 @@ def line(case: Case, counts: Counts, busiest: float) -> str:
     sent = max(1, counts.sent)
     lost = f"{counts.lost / counts.had:.3f}" if counts.had else "–"
     return (
-        f"| {case.nodes} | {case.mode} | {case.event or '–'} | {counts.from_sources / sent:.3f} |"
+        f"| {case.share:.2f} | {case.nodes} | {case.mode} | {case.event or '–'} | {counts.from_sources / sent:.3f} |"
         f" {counts.hits / max(1, counts.requests):.3f} | {counts.between / sent:.3f} | {busiest:.2f} | {lost} |"
     )
 
@@ -226,7 +227,7 @@ def cases(nodes: Sequence[int], views: int) -> list[Case]:
     plain = [
         Case(count, mode, views)
         for count in nodes
-        for mode in ("apart", "home", "fleet", "copies", "at once")
+        for mode in ("apart", "home", "fleet")
         if count > 1 or mode == "apart"
     ]
     events = [
@@ -234,10 +235,19 @@ def cases(nodes: Sequence[int], views: int) -> list[Case]:
         for count in (4, 32)
         if count in nodes
         for event in ("fail", "join", "drift", "hot")
-        for mode in ("home", "fleet", "copies", "at once")
-        if mode in ("home", "fleet") or event == "fail"
+        for mode in ("home", "fleet")
     ]
     return plain + events
+
+
+def cases_of_copies(views: int) -> list[Case]:
+    """Four nodes, with one copy of a large object and with two."""
+    return [
+        Case(4, mode, views, share, event)
+        for share in (0.05, 0.2, 0.5, 1.0)
+        for event in ("", "fail")
+        for mode in ("fleet", "copies", "at once")
+    ]
 
 
 def main() -> None:
@@ -246,15 +256,18 @@ def main() -> None:
     )
     parser.add_argument("--views", type=int, default=200_000)
     parser.add_argument("--nodes", default=",".join(map(str, NODES)))
+    parser.add_argument("--copies", action="store_true")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
-    chosen = [int(count) for count in arguments.nodes.split(",")]
-    print(
-        "| nodes | mode | event | source | hit | between | busiest | lost |\n|---|---|---|---|---|---|---|---|"
-    )
+    if arguments.copies:
+        chosen = cases_of_copies(arguments.views)
+    else:
+        chosen = cases([int(count) for count in arguments.nodes.split(",")], arguments.views)
+    columns = ("space", "nodes", "mode", "event", "source", "hit", "between", "busiest", "lost")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
-        for result in pool.map(run, cases(chosen, arguments.views)):
+        for result in pool.map(run, chosen):
             print(line(*result), flush=True)
 
 

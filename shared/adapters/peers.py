@@ -390,32 +390,36 @@ class CopyOffers:
                 self._noted.set()
 
     async def run(self) -> None:
-        """Send the offers, one after the other, until cancelled."""
+        """Offer what is noted, until cancelled."""
         while True:
             await self._noted.wait()
             self._noted.clear()
-            while self._waiting:
-                object_id, _ = self._waiting.popitem(last=False)
-                copied = await self._offer(object_id)
-                await asyncio.sleep(copied / self._rules.copy_rate)
+            await self.send()
+
+    async def send(self) -> None:
+        """Offer all that waits."""
+        while self._waiting:
+            object_id, _ = self._waiting.popitem(last=False)
+            copied = await self._offer(object_id)
+            await asyncio.sleep(copied / self._rules.copy_rate)
 
     async def _offer(self, object_id: ObjectId) -> int:
         """Offer the object, if there is a node to offer it to. Returns the bytes that are copied for it."""
-        _remember(self._settled, object_id, self._clock())
-        second = self._peers.second_home(object_id)
-        if second is None:
-            return 0
+        second, record = self._peers.second_home(object_id), None
         try:
-            record = await asyncio.to_thread(self._record_of, object_id)
-        except VolumeError:
-            return 0
-        # Without a content hash nothing proves that the copy is of the version that is here.
-        if record is None or record.content_hash is None or record.size <= self._rules.keep_below:
-            return 0
-        try:
+            if second is not None:
+                record = await asyncio.to_thread(self._record_of, object_id)
+                if record is None:
+                    return 0  # it is being fetched
+            _remember(self._settled, object_id, self._clock())
+            # Without a content hash nothing proves that the copy is of the version that is here.
+            if second is None or record is None or record.content_hash is None:
+                return 0
+            if record.size <= self._rules.keep_below:
+                return 0
             there = await self._peers.offer(second, object_id)
-        except SourceError as error:
-            logger.debug("copy_offer_failed", peer=source_name(second), reason=error.reason)
+        except (SourceError, VolumeError) as error:
+            logger.debug("copy_offer_failed", object_id=object_id, reason=str(error))
             self._settled.pop(object_id, None)
             return 0
         PEER_COPIES.labels(result="there" if there else "offered").inc()

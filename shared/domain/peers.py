@@ -106,7 +106,7 @@ def peer_requests(
     `own`: this node. `ranked`: the live nodes in their order for the object. `former_home`: its home before the last
     change of the members, if that is recent.
 
-    A second copy comes from a node ahead of this one in rank, and from no other.
+    A second copy comes from the home, and from no other node.
 
     1. The home fetches for the fleet, unless this node is the home, or asks on behalf of a peer.
     2. After the home the second in rank: as a second home of a hot object, or from a time at which the home was down.
@@ -116,8 +116,7 @@ def peer_requests(
     if use is PeerUse.NONE:
         return ()
     if use is PeerUse.COPY:
-        ahead = ranked[: ranked.index(own)] if own in ranked else ()
-        return tuple(PeerRequest(name, only_if_cached=True) for name in ahead)
+        return (PeerRequest(ranked[0], only_if_cached=True),) if own in ranked[1:] else ()
     if use is PeerUse.FETCH and ranked and ranked[0] != own:
         requests.append(PeerRequest(ranked[0], only_if_cached=False))
         requests += [PeerRequest(second, only_if_cached=True) for second in ranked[1:2] if second != own]

@@ -55,6 +55,7 @@ def zipf(ids: Sequence[str], count: int) -> list[str]:
     return random.Random(3).choices(ids, cum_weights=weights, k=count)
 
 
+@pytest.mark.timeout(900)
 async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_space(
     fleet: Fleet, tmp_path: Path
 ) -> None:

@@ -10,120 +10,24 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from distributor_node.services.demo.storage_node import StorageNode
-from distributor_node.services.standalone.main import run_standalone
 from distributor_node.shared.domain.peers import Ring, sign_hop
-from distributor_node.shared.runtime.run_service import ServiceScope
-from distributor_node.shared.settings.model import Settings
-from tests.end_to_end.client import Answer, get
-from tests.end_to_end.stack import write_manifest
+from tests.end_to_end.client import get
+from tests.integration.fleet_harness import PATIENT, Fleet, as_peer, is_whole, start_all
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
 from tests.servers.tcp_relay import TcpRelay
 from tests.waiting import eventually
-
-PATIENT = 5.0
-"""Seconds to wait for a peer's first byte: the machine of the tests may be busy."""
-
-
-@dataclass(slots=True)
-class Fleet:
-    """Nodes that share a manifest and one far source."""
-
-    folder: Path
-    far: StorageNode
-    stack: AsyncExitStack
-    bases: list[str]
-    objects: list[DemoObject] = field(default_factory=list)
-    stops: dict[str, Any] = field(default_factory=dict)
-    operators: dict[str, int] = field(default_factory=dict)  # ports of the operator APIs
-    waits: dict[str, dict[str, Any]] = field(default_factory=dict)  # settings of other groups than `peers`
-
-    def publish(self, *objects: DemoObject) -> None:
-        self.far.objects.update({item.object_id: item for item in objects})
-        self.objects += objects
-        write_manifest(self.folder / "manifest.json", self.objects, [f"{self.far.api_url}/files/"])
-
-    async def start(
-        self, base: str, members: Sequence[str] | None = None, port: int | None = None, **peers: Any
-    ) -> None:
-        """`port`: where the node listens, if not at its base URL."""
-        port = port or int(base.rpartition(":")[2])
-        operator = self.operators.setdefault(base, free_port())
-        values = {"urls": members or self.bases, "own_url": base, "first_byte_wait": PATIENT, "keep_below": 0}
-        settings = Settings(
-            catalog={"kind": "manifest", "manifest": self.folder / "manifest.json"},
-            storage={"path": self.folder / f"volume-{port}", "limit": "1G"},
-            public_api={"host": "127.0.0.1", "port": port, **self.waits.get("public_api", {})},
-            fetch=self.waits.get("fetch", {}),
-            metrics={"host": "127.0.0.1", "port": 0},
-            dashboard=self.waits.get("dashboard", {"enabled": False}),
-            operator_api={"port": operator, "secret": SECRET},
-            peers=values | peers,
-            shutdown_deadline=2,
-            log={"level": "error"},
-        )
-        stop, listening = asyncio.Event(), asyncio.Event()
-        resources = await self.stack.enter_async_context(AsyncExitStack())
-
-        async def serve() -> None:
-            async with resources:
-                await run_standalone(ServiceScope(stop, resources), settings, lambda _: listening.set())
-
-        task = asyncio.create_task(serve())
-
-        async def end() -> None:
-            stop.set()
-            await task
-
-        self.stops[base] = end
-        waiting = asyncio.create_task(listening.wait())
-        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        assert listening.is_set(), task.exception()
-
-    async def stop(self, base: str) -> None:
-        if base in self.stops:
-            await self.stops.pop(base)()
-
-    def in_order(self, object_id: str) -> Sequence[str]:
-        """The nodes, its home first."""
-        return Ring(dict.fromkeys(self.bases, 1.0)).ranked(object_id)
-
-    def homed_at(self, base: str, size: int, ids: Iterable[int] = range(1, 1000)) -> DemoObject:
-        """An object whose home this node is."""
-        return next(
-            generated_object(str(number), size) for number in ids if self.in_order(str(number))[0] == base
-        )
-
-    async def get(self, base: str, object_id: str, **headers: str) -> Answer:
-        return await get(f"{base}/api/v1/assets/{object_id}", headers)
-
-    async def hop(self, base: str, object_id: str, **headers: str) -> tuple[int, bytes]:
-        """Ask as a peer does, by a client that takes interim responses. Returns status and body."""
-        async with httpx.AsyncClient() as client:
-            answer = await client.get(
-                f"{base}/api/v1/assets/{object_id}", headers={"X-Distributor-Hop": "1", **headers}
-            )
-            return answer.status_code, answer.content
-
-    def stored(self, base: str, object_id: str) -> bool:
-        volume = self.folder / f"volume-{base.rpartition(':')[2]}"
-        return any(volume.glob(f"objects/*/{object_id}"))
-
-    def far_gets(self, object_id: str) -> int:
-        return len(self.far.requests.of(object_id, "GET"))
 
 
 @pytest.fixture
@@ -138,17 +42,6 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
         finally:
             for base in list(made.stops):
                 await made.stop(base)
-
-
-async def start_all(fleet: Fleet, **peers: Any) -> None:
-    for base in fleet.bases:
-        await fleet.start(base, **peers)
-
-
-def is_whole(answer: Answer, item: DemoObject) -> bool:
-    expected = hashlib.sha256(item.content.read(0, item.size)).digest()
-    right = hashlib.sha256(answer.body).digest() == expected
-    return answer.status == 200 and answer.complete and right
 
 
 async def test_first_requests_at_all_nodes_are_one_download(fleet: Fleet) -> None:
@@ -219,7 +112,7 @@ async def test_without_its_home_an_object_comes_from_a_second_home_or_the_source
     assert fleet.far_gets(item.object_id) == 1
 
 
-COPIES = {"copies": 2, "copy_after": 0, "hot_views": 1000}
+COPIES: dict[str, Any] = {"copies": 2, "copy_after": 0, "hot_views": 1000}
 
 
 async def test_a_second_home_keeps_a_copy_and_serves_it_while_the_home_is_away(fleet: Fleet) -> None:
@@ -260,7 +153,7 @@ async def test_a_second_copy_never_comes_from_the_source(fleet: Fleet) -> None:
 
 
 async def test_wrong_bytes_of_the_home_are_not_copied(fleet: Fleet) -> None:
-    liar, item = await beside_a_liar(fleet, Fault(flip_byte_at=10), 1000, **COPIES)
+    liar, item = await beside_a_liar(fleet, Fault(flip_byte_at=10), 1000, copies=2)
     offer = {"X-Distributor-Hop": "copy", "Cache-Control": "only-if-cached", "Range": "bytes=0-0"}
     assert (await fleet.hop(fleet.bases[0], item.object_id, **offer))[0] == 504
     await eventually(lambda: len(liar.requests) > 0)
@@ -282,10 +175,10 @@ async def test_a_release_without_copies_is_asked_for_one_byte_that_it_has(fleet:
 
     async def offered() -> bool:
         assert is_whole(await fleet.get(own, item.object_id), item)
-        return len(former.requests) > 0
+        return len(former.requests.of(item.object_id, "GET")) > 0
 
     await eventually(offered)
-    (request,) = former.requests
+    (request,) = former.requests.of(item.object_id, "GET")
     assert (request.range, request.headers["cache-control"]) == ("bytes=0-0", "only-if-cached")
 
 
@@ -476,7 +369,8 @@ async def test_the_nodes_page_shows_the_ring_and_what_came_from_each_node(fleet:
     async def complete() -> bool:
         shown.update((await get(f"http://127.0.0.1:{port}/snapshot.json")).json())
         nodes = shown["fleet"]["nodes"]
-        return sum(node["alive"] for node in nodes) == 2 and sum(node["bytes"] for node in nodes) >= item.size
+        received: float = sum(node["bytes"] for node in nodes)
+        return sum(node["alive"] for node in nodes) == 2 and received >= item.size
 
     await eventually(complete)
     nodes = {f"http://{node['name']}": node for node in shown["fleet"]["nodes"]}
@@ -535,7 +429,7 @@ async def test_a_peer_whose_clock_differs_gets_its_object_as_a_stranger_does(fle
         auth = sign_hop(secret, base, path, "1", time.time() - 600)
         answer = await fleet.hop(base, item.object_id, **{"X-Distributor-Hop-Auth": auth})
         assert answer == (200, item.content.read(0, item.size))
-    await eventually(lambda: fleet.stored(home, item.object_id))  # its home keeps it for anybody's request
+    await eventually(lambda: fleet.stored(home, item.object_id))  # its home keeps it for any request
     assert not fleet.stored(second, item.object_id)
 
 
@@ -544,8 +438,7 @@ async def test_peers_ask_at_a_port_of_their_own(fleet: Fleet) -> None:
     fleet.publish(item)
     public = {base: free_port() for base in fleet.bases}
     for base in fleet.bases:
-        own = {"port": int(base.rpartition(":")[2]), "host": "127.0.0.1"}
-        await fleet.start(base, port=public[base], probe_interval=0.3, **own)
+        await fleet.start(base, port=public[base], peer_port=int(base.rpartition(":")[2]), probe_interval=0.3)
     home, second, third = fleet.in_order(item.object_id)
     clients = [f"http://127.0.0.1:{port}" for port in public.values()]
     answers = await asyncio.gather(*(fleet.get(base, item.object_id) for base in clients * 4))
@@ -614,27 +507,6 @@ async def test_orders_reach_all_nodes_and_say_what_became_of_each(fleet: Fleet) 
     assert code == 1
     assert [line.get("result", {}).get("changed") for line in results.values()] == [1, 1, None]
     assert "cannot be reached" in results[fleet.bases[2]]["error"]
-
-
-@asynccontextmanager
-async def as_peer(node: StorageNode) -> AsyncIterator[str]:
-    """The base URL of a server that has what the storage node has, with its faults, under the paths of a peer."""
-
-    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while piece := await reader.read(1 << 16):
-                writer.write(piece.replace(b" /api/v1/assets/", b" /api/v1/files/", 1))
-                await writer.drain()
-        writer.close()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", node.port)
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(pipe(reader, back), pipe(there, writer))
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 async def beside_a_liar(
