@@ -48,7 +48,7 @@ class PeerSettings(BaseModel):
     others while they are hot."""
     copies: int = Field(default=1, ge=1, le=2)
     """Copies of a larger object. 2: the second node in rank fetches one from the home after the second view. A node
-    that is lost then costs the sources little. The copies take space from other objects. Objects without a content hash
+    that is lost then costs the sources less. The copies take space from other objects. Objects without a content hash
     are not copied. Set it once all processes of all nodes know it."""
     copy_after: float = Field(default=300.0, ge=0, le=7 * 24 * 3600)
     """Seconds after an object was fetched from which a request for it is a second view. What one player asks for within

@@ -79,7 +79,9 @@ async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_sp
             cell.kill_all()
     single = fleet.far_bytes(begun)
     report(f"far bytes: {together} by three cells, {single} by one node, {together / single:.3f}")
-    assert together <= 1.05 * single
+    # Even with evictions at ideal moments it is 0.99 to 1.02, since ports are by chance, and homes by ports. Nodes that
+    # know nothing of each other need 1.3 times as much.
+    assert together <= 1.10 * single
 
 
 async def test_a_killed_cell_costs_nothing_but_the_connections_to_it(fleet: Fleet) -> None:
