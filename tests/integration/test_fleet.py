@@ -171,7 +171,7 @@ async def test_a_release_without_copies_is_asked_for_one_byte_that_it_has(fleet:
     item = fleet.homed_at(own, 2 * MIB)
     fleet.publish(item)
     former.objects.update({item.object_id: item})
-    await fleet.start(own, probe_interval=3600, **COPIES)
+    await fleet.start(own, probe_interval=3600, handover=0, **COPIES)
 
     async def offered() -> bool:
         assert is_whole(await fleet.get(own, item.object_id), item)
@@ -179,24 +179,33 @@ async def test_a_release_without_copies_is_asked_for_one_byte_that_it_has(fleet:
 
     await eventually(offered)
     (request,) = former.requests.of(item.object_id, "GET")
-    assert (request.range, request.headers["cache-control"]) == ("bytes=0-0", "only-if-cached")
+    assert request.range == "bytes=0-0"
 
 
 async def test_nodes_two_of_which_do_not_see_each_other_serve_from_each_side(fleet: Fleet) -> None:
     """The first and the third see the second alone, as after their probes of each other failed. It sees both."""
     first, second, third = fleet.bases
-    items = [generated_object(str(number), 300_000) for number in range(24)]
+    items = [
+        fleet.homed_at(base, 300_000, range(begin, 9000))
+        for base in fleet.bases
+        for begin in range(0, 4000, 1000)
+    ]
     fleet.publish(*items)
     fleet.far.faults.add(Fault(latency_before_headers=0.2))
+    # Longer than the test accepts: that a fetch is given up for its silence must not be what ends the wait.
+    long = 90.0
+    fleet.waits = {
+        "public_api": {"first_byte_wait": long, "proxied_first_byte_wait": long},
+        "fetch": {"first_byte_timeout": long},
+    }
     for base, members in ((first, [first, second]), (second, fleet.bases), (third, [second, third])):
-        await fleet.start(base, members, probe_interval=3600)
+        await fleet.start(base, members, probe_interval=3600, first_byte_wait=long)
     for item in items:
         answers = await asyncio.gather(*(fleet.get(base, item.object_id) for base in fleet.bases * 2))
         assert all(is_whole(answer, item) for answer in answers)
-        assert max(answer.took for answer in answers) < PATIENT
+        assert max(answer.took for answer in answers) < long / 2
     # Each of two nodes may take itself for the home, and the one between them a third time for a peer.
     assert max(fleet.far_gets(item.object_id) for item in items) <= 3
-    assert {fleet.in_order(item.object_id)[0] for item in items} == set(fleet.bases)
     asked = len(fleet.far.requests)
     for item in items:  # what was fetched is found again
         for base in fleet.bases:

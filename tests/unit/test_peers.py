@@ -406,6 +406,13 @@ async def test_after_a_change_of_the_members_objects_are_offered_to_their_new_se
     assert await offered(peers, now, {item: 101}, view, view, leave) == [(B, item), (C, item)]
 
 
+def test_an_offer_makes_a_node_without_copies_fetch_nothing() -> None:
+    peers = fleet(now=[0.0])
+    peers._set_members((A, B))
+    hop = peers._hop(PeerRequest(B, only_if_cached=True), homed(A, A, B)[0], HOP_COPY)
+    assert hop.headers == {"X-Distributor-Hop": "copy", "Cache-Control": "only-if-cached"}
+
+
 async def test_an_object_that_is_still_being_fetched_is_offered_with_the_next_view() -> None:
     now = [0.0]
     peers = fleet(now=now, keep_below=100, copies=2, copy_after=0.0, copy_rate=10**9)
