@@ -94,7 +94,7 @@ async def run(folder: Path, requests: int) -> None:
                 "| object | head, median | head, 95 % | whole, median | whole, 95 % |\n|---|---|---|---|---|"
             )
             for size in SIZES:
-                row = await asyncio.to_thread(measure, *bases, ids[size], requests)
+                row = await asyncio.to_thread(measure, bases[0], bases[1], ids[size], requests)
                 print(f"| {size // KIB} KiB | {row} |", flush=True)
             if fleet.stored(1):
                 raise RuntimeError("the other node has stored what it should pass through")
