@@ -601,6 +601,11 @@ async def test_a_peer_that_sends_wrong_bytes_and_cuts_them_is_not_asked_again(
     answer = await fleet.get(fleet.bases[0], item.object_id)
     assert is_whole(answer, item) or not answer.complete
     assert len(liar.requests) == 1
-    await asyncio.sleep(2.5)  # it ranks behind the others for two seconds, whatever it is asked for
+    honest, lying = fleet.bases
+    if fleet.stored(honest, item.object_id):
+        fleet.operators[lying] = free_port()  # where nothing listens
+        await order(fleet, "purge", item.object_id)
+        await eventually(lambda: not fleet.stored(honest, item.object_id))
+    await asyncio.sleep(6)  # it ranks behind the others for four seconds, whatever it is asked for
     assert is_whole(await fleet.get(fleet.bases[0], item.object_id), item)
     assert len(liar.requests) == 1
