@@ -602,7 +602,8 @@ async def test_a_peer_that_sends_wrong_bytes_and_cuts_them_is_not_asked_again(
     assert is_whole(answer, item) or not answer.complete
     assert len(liar.requests) == 1
     honest, lying = fleet.bases
-    if fleet.stored(honest, item.object_id):
+    if hot_views == 1:
+        await eventually(lambda: fleet.stored(honest, item.object_id))
         fleet.operators[lying] = free_port()  # where nothing listens
         await order(fleet, "purge", item.object_id)
         await eventually(lambda: not fleet.stored(honest, item.object_id))
