@@ -1,12 +1,16 @@
-"""How a fleet of nodes caches, by simulation: `python -m benchmarks.fleet [--views N] [--nodes 1,4,…]`.
+"""How a fleet of nodes caches, by simulation: `python -m benchmarks.fleet [--views N] [--nodes 1,4,…] [--copies]`.
 
 The traffic is that of `benchmarks.traces`; each view arrives at a node by chance. Nodes decide as the node does: ring,
-hot objects and eviction are its own code. The sum of the limits is the same for every number of nodes. Columns:
+hot objects and eviction are its own code. The sum of the limits is the same for every number of nodes. `--copies` tells
+what second copies cost, and what they save when a node fails, for several sums of the limits. Columns:
 
+- space: the sum of the limits, as a share of the bytes of all objects
 - source: bytes from far sources per byte sent to clients
 - hit: share of the requests that no far source was needed for
 - between: bytes between nodes per byte sent to clients
 - busiest: bytes that the busiest node sent, to clients and other nodes, as a multiple of the mean
+- lost: with `fail`, of the bytes that the failed node alone had and that were asked for afterwards, the share that came
+  from far sources again; what is not asked for again costs nothing
 """
 
 from __future__ import annotations
@@ -35,7 +39,11 @@ views stands for many."""
 
 @dataclass(frozen=True)
 class Case:
-    """One fleet. `mode`: `apart` (no peers), `home` (every object at its home alone) or `fleet` (as the node does)."""
+    """One fleet.
+
+    `mode`: `apart` (no peers), `home` (every object at its home alone), `fleet` (as the node does), `copies` (as the
+    node does with `peers.copies: 2`) or `at once` (the same, but a copy is made with the first view).
+    """
 
     nodes: int
     mode: str
@@ -53,6 +61,8 @@ class Counts:
     sent: int = 0
     from_sources: int = 0
     between: int = 0
+    had: int = 0  # bytes of objects that the failed node had and that were asked for since
+    lost: int = 0  # of these, from sources
 
 
 class Node:
@@ -66,6 +76,16 @@ class Node:
 
     def has(self, object_id: ObjectId) -> bool:
         return object_id in self._policy
+
+    def ids(self) -> set[ObjectId]:
+        return set(self._policy.ids())
+
+    def copy(self, request: Request) -> int:
+        """Store a second copy. Returns the bytes that had to be got for it."""
+        sent = self.sent
+        missing = self.serve(request._replace(sent=0))
+        self.sent = sent
+        return missing
 
     def serve(self, request: Request) -> int:
         """Send the object; returns the bytes that this node had to get for it."""
@@ -86,6 +106,7 @@ class Fleet:
             f"http://node-{number}": Node(self._limit, self._half_life) for number in range(case.nodes)
         }
         self.counts = Counts()
+        self._failed_had: set[ObjectId] = set()
         self.rebuild(self.nodes)
 
     def rebuild(self, names: Sequence[str] | dict[str, Node]) -> None:
@@ -94,6 +115,11 @@ class Fleet:
         self._former: Ring | None = getattr(self, "_current", None)
         self._current = self.ring
         self._ranked: dict[ObjectId, tuple[str, ...]] = {}
+
+    def fail(self) -> None:
+        """The first node leaves, with what it has."""
+        self._failed_had = self.nodes[self.alive[0]].ids()
+        self.rebuild(self.alive[1:])
 
     def add(self) -> None:
         self.nodes[f"http://node-{len(self.nodes)}"] = Node(self._limit, self._half_life)
@@ -109,7 +135,12 @@ class Fleet:
             counts.from_sources += node.serve(request)
         else:
             self._ask_fleet(request, name, node)
-        counts.hits += counts.from_sources == before
+        missed = counts.from_sources - before
+        counts.hits += not missed
+        if request.object_id in self._failed_had:
+            self._failed_had.remove(request.object_id)
+            counts.had += request.size
+            counts.lost += missed
 
     def _ask_fleet(self, request: Request, name: str, node: Node) -> None:
         object_id = request.object_id
@@ -120,7 +151,7 @@ class Fleet:
         if name == home or node.has(object_id):
             self._fetch(request, name, node)
             return
-        kept = self._case.mode == "fleet" and (
+        kept = self._case.mode != "home" and (
             request.size <= _RULES.keep_below
             or node.hot.count(object_id, request.size, 1.0, ranked.index(name), len(ranked), request.at)
         )
@@ -134,6 +165,8 @@ class Fleet:
         """Serve from this node; what it lacks comes from the former home if that has it, else from a source."""
         had = node.has(request.object_id)
         missing = node.serve(request)
+        if had or self._case.mode == "at once":
+            self._offer(request, name)
         if missing and not had and self._former is not None:
             former = self._former.home(request.object_id)
             if former != name and former in self.alive and self.nodes[former].has(request.object_id):
@@ -141,6 +174,16 @@ class Fleet:
                 self.counts.between += missing
                 return
         self.counts.from_sources += missing
+
+    def _offer(self, request: Request, name: str) -> None:
+        """Have the second home copy the object, if this node is its home."""
+        ranked = self._ranked.get(request.object_id) or self.ring.ranked(request.object_id)
+        if self._case.mode not in ("copies", "at once") or ranked[0] != name or len(ranked) < 2:
+            return
+        if request.size > _RULES.keep_below:
+            copied = self.nodes[ranked[1]].copy(request)  # an access, if it is there
+            self.nodes[name].sent += copied
+            self.counts.between += copied
 
 
 def run(case: Case) -> tuple[Case, Counts, float]:
@@ -158,7 +201,7 @@ def run(case: Case) -> tuple[Case, Counts, float]:
             for node in fleet.nodes.values():
                 node.sent = 0
             if case.event == "fail":
-                fleet.rebuild(fleet.alive[1:])
+                fleet.fail()
             elif case.event == "join":
                 fleet.add()
         fleet.ask(request, random.choice(fleet.alive))
@@ -172,9 +215,10 @@ def run(case: Case) -> tuple[Case, Counts, float]:
 def line(case: Case, counts: Counts, busiest: float) -> str:
     """One row of a Markdown table."""
     sent = max(1, counts.sent)
+    lost = f"{counts.lost / counts.had:.3f}" if counts.had else "–"
     return (
-        f"| {case.nodes} | {case.mode} | {case.event or '–'} | {counts.from_sources / sent:.3f} |"
-        f" {counts.hits / max(1, counts.requests):.3f} | {counts.between / sent:.3f} | {busiest:.2f} |"
+        f"| {case.share:.2f} | {case.nodes} | {case.mode} | {case.event or '–'} | {counts.from_sources / sent:.3f} |"
+        f" {counts.hits / max(1, counts.requests):.3f} | {counts.between / sent:.3f} | {busiest:.2f} | {lost} |"
     )
 
 
@@ -196,19 +240,34 @@ def cases(nodes: Sequence[int], views: int) -> list[Case]:
     return plain + events
 
 
+def cases_of_copies(views: int) -> list[Case]:
+    """Four nodes, with one copy of a large object and with two."""
+    return [
+        Case(4, mode, views, share, event)
+        for share in (0.05, 0.2, 0.5, 1.0)
+        for event in ("", "fail")
+        for mode in ("fleet", "copies", "at once")
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--views", type=int, default=200_000)
     parser.add_argument("--nodes", default=",".join(map(str, NODES)))
+    parser.add_argument("--copies", action="store_true")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
-    chosen = [int(count) for count in arguments.nodes.split(",")]
-    print("| nodes | mode | event | source | hit | between | busiest |\n|---|---|---|---|---|---|---|")
+    if arguments.copies:
+        chosen = cases_of_copies(arguments.views)
+    else:
+        chosen = cases([int(count) for count in arguments.nodes.split(",")], arguments.views)
+    columns = ("space", "nodes", "mode", "event", "source", "hit", "between", "busiest", "lost")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
-        for result in pool.map(run, cases(chosen, arguments.views)):
+        for result in pool.map(run, chosen):
             print(line(*result), flush=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -49,9 +49,14 @@ class AccessCounter:
     """
 
     def __init__(
-        self, state: StateStore, clock: Callable[[], float] = time.time, max_pending: int = MAX_PENDING
+        self,
+        state: StateStore,
+        clock: Callable[[], float] = time.time,
+        max_pending: int = MAX_PENDING,
+        observe: Callable[[Iterable[ObjectId]], None] | None = None,
     ) -> None:
-        """`clock`: POSIX time in seconds."""
+        """`clock`: POSIX time in seconds. `observe`: is told, with each batch, of which objects it is."""
+        self._observe = observe
         self._state = state
         self._clock = clock
         self._max_pending = max_pending
@@ -94,6 +99,8 @@ class AccessCounter:
         if not self._pending:
             return
         batch, self._pending = self._pending, OrderedDict()
+        if self._observe is not None:
+            self._observe(batch)
         accesses = [Access(object_id, counted.views, counted.last_at) for object_id, counted in batch.items()]
         try:
             await self._state.record_accesses(accesses)

@@ -19,7 +19,7 @@ from distributor_node.shared.settings.model import Settings
 from distributor_node.shared.waiting import TurnBudget
 
 if TYPE_CHECKING:
-    from distributor_node.shared.adapters.peers import Peers
+    from distributor_node.shared.adapters.peers import CopyOffers, Peers
     from distributor_node.shared.adapters.sources.failover import FailoverReader
 
 
@@ -64,4 +64,5 @@ class ApiContext:
     slow_clients: SlowClients = field(default_factory=lambda: SlowClients(0))
     refused_lookups: RefusedLookups = field(default_factory=RefusedLookups)
     turns: TurnBudget = field(default_factory=TurnBudget)  # of all bodies that are streamed piece by piece
+    copy_offers: CopyOffers | None = None  # if second homes keep copies
     peers: Peers | None = None  # the other nodes of the fleet, if there is one

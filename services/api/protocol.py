@@ -180,6 +180,12 @@ class ApiHttp(Http):
         )
 
 
+def came_to_peer_port(request: Request) -> bool:
+    """Whether the request came to the port for the other nodes of the fleet."""
+    http = request.stream
+    return isinstance(http, ApiHttp) and getattr(http.protocol, "for_peers", False)
+
+
 def peer_of(transport: asyncio.BaseTransport | None) -> str:
     """Return the address of a connection; empty for a Unix socket, or one that has ended."""
     peername = transport.get_extra_info("peername") if transport is not None else None
@@ -197,6 +203,7 @@ class PublicProtocol(HttpProtocol):
     """
 
     HTTP_CLASS = ApiHttp
+    for_peers = False  # whether this is the port for the other nodes of the fleet
     __slots__ = (
         "_abort_reason",
         "_check_interval",

@@ -37,7 +37,7 @@ from sanic_routing.route import Route
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN, preflight_headers
-from distributor_node.services.api.protocol import REQUESTS_PER_TURN, ApiHttp
+from distributor_node.services.api.protocol import REQUESTS_PER_TURN, ApiHttp, came_to_peer_port
 from distributor_node.services.api.request_log import (
     ASSET_ROUTE,
     asset_attributes,
@@ -116,7 +116,11 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
         REQUESTS_IN_PROGRESS.inc()
         try:
             malformed = validate_head(request)
-            if malformed is not None:
+            if malformed is None and came_to_peer_port(request) and not _is_of_peer(request):
+                await self.handle_exception(
+                    request, HttpError(403, "This port is for the other nodes of the fleet", "peers_only")
+                )
+            elif malformed is not None:
                 if isinstance(request.stream, ApiHttp):
                     request.stream.keep_alive = False  # the start of the next request is unknown
                 await self.handle_exception(request, malformed)
@@ -191,6 +195,7 @@ def unregister_application(application: ApiApplication) -> None:
 # Requests: the raw target, never normalised.
 
 ASSETS = "/api/v1/assets/"
+_PROBED = "/api/v1/status"
 MAX_HEAD_BYTES = 16_384
 """Limit for the request head, Sanic's own maximum."""
 
@@ -247,6 +252,12 @@ def validate_head(request: Request) -> HttpError | None:
     if request.version == "1.1" and len(request.headers.getall("host", ())) != 1:
         return HttpError(400, "Host header: expected exactly one", "malformed_request")
     return None
+
+
+def _is_of_peer(request: Request) -> bool:
+    """Whether a node of the fleet may have sent the request: it asks for an object, or probes."""
+    path = request.path
+    return HOP_HEADER in request.headers and (path.startswith(ASSETS) or path == _PROBED)
 
 
 # Error responses: status, headers and JSON body for every exception.
@@ -445,7 +456,7 @@ def _add_status(application: ApiApplication, reporter: StatusReporter) -> None:
         headers = {**CROSS_ORIGIN, "Cache-Control": "max-age=3600"}
         return HTTPResponse(document, 200, headers, "application/json")
 
-    _add(application, "/api/v1/status", status)
+    _add(application, _PROBED, status)
     _add(application, "/api/v1/buckets", buckets)
     _add(application, "/api/v1/openapi.json", openapi)
 

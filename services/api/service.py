@@ -20,16 +20,21 @@ from distributor_node.services.api.context import ApiContext, CurrentAssignment
 from distributor_node.services.api.dashboard.feed import Feed
 from distributor_node.services.api.dashboard.server import DashboardServer
 from distributor_node.services.api.fast_path.handler import build_fast_path
-from distributor_node.services.api.fast_path.protocol import FastPathProtocol
+from distributor_node.services.api.fast_path.protocol import FastPathProtocol, PeerProtocol
 from distributor_node.services.api.fetch_capacity import FetchCapacity, FetchEvents
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.operator.explain import ObjectExplainer
-from distributor_node.services.api.sanic_app import TracedAssets, build_app, unregister_application
+from distributor_node.services.api.sanic_app import (
+    ApiApplication,
+    TracedAssets,
+    build_app,
+    unregister_application,
+)
 from distributor_node.services.api.server import PublicServer
 from distributor_node.services.api.status import UsageReader
-from distributor_node.shared.adapters.peers import Peers
+from distributor_node.shared.adapters.peers import CopyOffers, Peers
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
@@ -85,6 +90,9 @@ def make_context(
 ) -> ApiContext:
     """Build the context of the handlers. The ports must be open before the first request."""
     operator_state = OperatorStateWatcher(state, volume.root, settings.assignment)
+    offers, rules = None, settings.peers.rules
+    if peers is not None and rules is not None and rules.copies > 1:
+        offers = CopyOffers(peers, rules, volume.complete_record)
     return ApiContext(
         settings=settings,
         volume=volume,
@@ -92,7 +100,7 @@ def make_context(
         queue=queue,
         catalog=catalog,
         failover_reader=failover_reader,
-        accesses=AccessCounter(state),
+        accesses=AccessCounter(state, observe=None if offers is None else offers.note_views),
         assignment=CurrentAssignment(settings.assignment),
         fetch_events=FetchEvents(state, operator_state.wake, volume),
         fetch_capacity=FetchCapacity(state),
@@ -100,6 +108,7 @@ def make_context(
         operator_state=operator_state,
         client_addresses=ClientAddresses(settings.public_api.trusted_proxies),
         slow_clients=SlowClients(settings.public_api.minimum_client_rate),
+        copy_offers=offers,
         peers=peers,
     )
 
@@ -177,12 +186,10 @@ async def serve_api(
     )
     fast_path = application.ctx.fast_path = build_fast_path(context, access_log)
     shared_port = probe_path is not None
-    address = ListenAddress(
-        settings.public_api.host, settings.public_api.port, shared_port, inherited=listener
-    )
-    server = PublicServer(application, address, FastPathProtocol)
+    servers = make_servers(application, settings, listener, shared_port=shared_port)
+    server = servers[0]
     drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
-    controller = OperatorStateController(context, server, drain)
+    controller = OperatorStateController(context, servers, drain)
     health = HealthChecks(context, application.ctx.usage, lambda: server.is_open)
 
     async def metrics(render: Render = render_in_thread) -> tuple[bytes, str]:
@@ -231,10 +238,16 @@ async def serve_api(
                     ).items()
                 ),
             ]
-            if access_log is not None:
-                tasks.append(group.create_task(access_log.run(), name="access-log"))
-            if fast_path is not None:
-                tasks.append(group.create_task(fast_path.objects.run(), name="object-cache"))
+            optional = {
+                "copy-offers": context.copy_offers,
+                "access-log": access_log,
+                "object-cache": None if fast_path is None else fast_path.objects,
+            }
+            tasks.extend(
+                group.create_task(part.run(), name=name)
+                for name, part in optional.items()
+                if part is not None
+            )
             await stop_requested.wait()
             await cancel_and_wait(controller_task)
             await controller.stop()
@@ -242,7 +255,8 @@ async def serve_api(
                 task.cancel()
         await context.accesses.close()
     finally:
-        await server.close(0, ending=True)
+        for each in servers:
+            await each.close(0, ending=True)
         await resources.aclose()
         if fast_path is not None:
             await fast_path.close()
@@ -251,6 +265,19 @@ async def serve_api(
         await assets.close()
         await application.ctx.usage.close()
         unregister_application(application)
+
+
+def make_servers(
+    application: ApiApplication, settings: Settings, listener: socket.socket | None, *, shared_port: bool
+) -> Sequence[PublicServer]:
+    """Make the server of the public port, and that of the port for peers, if they have one of their own."""
+    public, peers = settings.public_api, settings.peers
+    address = ListenAddress(public.host, public.port, shared_port, inherited=listener)
+    servers = [PublicServer(application, address, FastPathProtocol)]
+    if peers.enabled and peers.port is not None:
+        own = ListenAddress(peers.host, peers.port, shared_port, setting="peers")
+        servers.append(PublicServer(application, own, PeerProtocol))
+    return servers
 
 
 def dashboard_works(
@@ -279,20 +306,23 @@ _RETRY_SECONDS = 0.5
 class OperatorStateController:
     """Applies the node's operator state to this process."""
 
-    def __init__(self, context: ApiContext, server: PublicServer, drain: float) -> None:
-        """`drain`: seconds that responses in progress get when the public port is closed."""
-        self._context, self._server, self._drain = context, server, drain
+    def __init__(self, context: ApiContext, servers: Sequence[PublicServer], drain: float) -> None:
+        """`servers`: the public port, and that for peers, if it has one of its own; they open and close together.
+
+        `drain`: seconds that responses in progress get when the ports are closed.
+        """
+        self._context, self._servers, self._drain = context, servers, drain
         self._close_tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Load the operator state, and open the public port unless it is stopped.
+        """Load the operator state, and open the ports unless the API is stopped.
 
-        Raises ConfigurationError if the port is unavailable.
+        Raises ConfigurationError if a port is unavailable.
         """
         await self._context.operator_state.load()
         self._update_assignment()
         if not self._context.operator_state.current.stopped:
-            await self._server.open()
+            await self._open_all()
 
     async def run(self, stop_requested: asyncio.Event) -> None:
         """Apply each change of the operator state, until cancelled. A shutdown sets `stop_requested`."""
@@ -305,29 +335,37 @@ class OperatorStateController:
                 logger.info("shutdown_requested_by_operator")
                 stop_requested.set()
             stopped = operator_state.current.stopped
-            if stopped and self._server.is_open:
+            is_open = [server.is_open for server in self._servers]
+            if stopped and any(is_open):
                 # In a task: responses in progress continue, and the port may be opened again before they end.
-                closing = asyncio.create_task(self._server.close(self._drain), name="close-public-port")
+                closing = asyncio.create_task(self._close_all(), name="close-public-port")
                 self._close_tasks.add(closing)
                 closing.add_done_callback(self._close_tasks.discard)
-            elif not stopped and not self._server.is_open and not await self._open():
+            elif not stopped and not all(is_open) and not await self._open():
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             await operator_state.wait_until(lambda now, seen=seen: now != seen)  # type: ignore[misc]
 
     async def stop(self) -> None:
-        """Close the port, and wait for closes in progress. Call it after `run` has ended."""
-        await self._server.close(self._drain, ending=True)
+        """Close the ports, and wait for closes in progress. Call it after `run` has ended."""
+        await self._close_all(ending=True)
         if self._close_tasks:
             await asyncio.wait(self._close_tasks)
 
     async def _open(self) -> bool:
         try:
-            await self._server.open()
+            await self._open_all()
         except ConfigurationError as error:
             logger.error("port_open_failed", reason=str(error))
             return False
         return True
+
+    async def _open_all(self) -> None:
+        for server in self._servers:
+            await server.open()
+
+    async def _close_all(self, *, ending: bool = False) -> None:
+        await asyncio.gather(*(server.close(self._drain, ending=ending) for server in self._servers))
 
     def _update_assignment(self) -> None:
         self._context.assignment.current = self._context.operator_state.assignment

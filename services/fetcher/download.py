@@ -160,6 +160,8 @@ class Download:
                         WINDOWED_FETCHES.labels(reason=self._window.rule.completion or "in_window").inc()
                     return
                 self._report_corruption(contributors, resumed=resumed)
+                if self._peer_use is PeerUse.COPY:
+                    break  # no source is asked for a second copy
                 self._peer_use = PeerUse.NONE  # one of them may have sent the corrupt bytes
                 groups = groups_after_corruption(groups, contributors, resumed=resumed)
             await self._disk.run(self._partial.restart)
@@ -413,9 +415,13 @@ class Download:
         )
         for url in contributors:
             SOURCE_FAILURES.labels(source_label(url), SourceWrong.reason).inc()
-        if len(contributors) == 1 and not resumed:
-            (contributor,) = contributors
-            self._blame(contributor)
+        if resumed:
+            return  # the corrupt bytes may be those on disk
+        for url in contributors:
+            # With several contributors the corrupt one is unknown. A peer among them is not asked again: one that
+            # always cuts its answers would never be the only contributor, and the object can be had without it.
+            if len(contributors) == 1 or self._failover_reader.is_of_peer(url):
+                self._blame(url)
 
 
 class PartialWriter:

@@ -87,14 +87,17 @@ class FetchRunner:
         record_failure: RecordFailure,
         slot: Slot | None = None,
         *,
-        for_peer: bool = False,
+        peer_use: PeerUse = PeerUse.FETCH,
         ordered: bool = False,
         resumed: bool = True,
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
         `requested_at`: the boot time before the lease was requested. `resumed`: whether the lease took over a
-        reservation. `slot`: see Worker. `for_peer`: see FetchJob. `ordered`: see FetchTask.
+        reservation. `slot`: see Worker. `peer_use`: what peers are asked. `ordered`: see FetchTask.
+
+        A second copy that no peer can send is no failure: the next request for the object finds no fetch, and acts as
+        if there had been none.
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(
@@ -102,7 +105,7 @@ class FetchRunner:
             self._volume,
             self._failover_reader,
             self._disk,
-            FetchTask(media_object, renewer, slot, PeerUse.CACHED if for_peer else PeerUse.FETCH, ordered),
+            FetchTask(media_object, renewer, slot, peer_use, ordered),
             self._limits,
             resumed=resumed,
         )
@@ -120,6 +123,10 @@ class FetchRunner:
                 await record_failure(str(lost), FailureCause.OTHER, False)
                 return Retry(str(lost))
             except (SourceError, VolumeError, StateStoreUnavailable) as error:
+                if peer_use is PeerUse.COPY:
+                    logger.info("copy_failed", reason=_describe(error))
+                    await self._abandon(fetch, lease, error)
+                    return Ack("not_copied")
                 not_storable = _why_not_storable(media_object, error)
                 if not_storable is not None:
                     # Before the lease is released. While this is remembered, requests are proxied.

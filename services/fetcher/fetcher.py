@@ -55,6 +55,7 @@ from distributor_node.shared.domain.jobs import (
 )
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.catalog import Catalog
@@ -290,7 +291,7 @@ class Worker:
         try:
             with tracing.span("lease", current=False):
                 admitted = await self._admission.admit(
-                    job.media_object, warming=job.low_priority, claim=job.claim
+                    job.media_object, warming=job.low_priority and not job.copy, claim=job.claim
                 )
             if isinstance(admitted, Admitted):
                 record_failure = partial(self._failure_recorder.record, job)
@@ -300,7 +301,7 @@ class Worker:
                     admitted.requested_at,
                     record_failure,
                     slot,
-                    for_peer=job.for_peer,
+                    peer_use=_peer_use(job),
                     ordered=job.low_priority,
                     resumed=admitted.resumed,
                 )
@@ -310,6 +311,13 @@ class Worker:
         if isinstance(outcome, Retry):
             await self._failure_recorder.record(job, outcome.reason)
         return outcome
+
+
+def _peer_use(job: FetchJob) -> PeerUse:
+    """Return what the fetch asks of peers."""
+    if job.copy:
+        return PeerUse.COPY
+    return PeerUse.CACHED if job.for_peer else PeerUse.FETCH
 
 
 def outcome_label(outcome: JobOutcome) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,15 +16,23 @@ import structlog
 
 from distributor_node.shared.adapters.sources.client import SourceClient, SourceObservation
 from distributor_node.shared.adapters.sources.connections import SourceLimits
-from distributor_node.shared.domain.errors import ConfigurationError, SourceError, TooManyOpenFiles
-from distributor_node.shared.domain.objects import ObjectId, source_name
+from distributor_node.shared.domain.errors import (
+    ConfigurationError,
+    SourceError,
+    TooManyOpenFiles,
+    VolumeError,
+)
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord, source_name
 from distributor_node.shared.domain.peers import (
+    HOP,
     HOP_AUTH_HEADER,
+    HOP_COPY,
     HOP_HEADER,
     FleetRules,
     HopKind,
     HotObjects,
     PeerLiveness,
+    PeerRequest,
     PeerUse,
     Ring,
     peer_requests,
@@ -31,10 +41,12 @@ from distributor_node.shared.domain.peers import (
 )
 from distributor_node.shared.observability.metrics import (
     PEER_BYTES,
+    PEER_COPIES,
     PEER_LATENCY,
     PEER_REQUESTS,
     PEERS_ALIVE,
     PEERS_NOT_ALIVE,
+    source_label,
 )
 from distributor_node.shared.waiting import cancel_and_wait
 
@@ -43,6 +55,11 @@ _MIN_PROBE_TIMEOUT = 1.0
 _RESOLVE_TIMEOUT = 5.0  # seconds; the start waits for it
 _PROBES_AT_ONCE = 32
 _MIN_SECRET = 16  # bytes
+
+_MAX_WAITING = 10_000  # objects to be offered to second homes
+_MAX_REMEMBERED = 20_000
+_OFFER_AGAIN = 600.0
+"""Seconds until the second home is asked again whether it still has its copy."""
 
 logger = structlog.get_logger()
 
@@ -135,6 +152,16 @@ class Peers:
         """The base URLs of the other nodes that are alive."""
         return self._ring.members - {self.own}
 
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """The share of all objects that each node alive is the home of, this one included, by base URL."""
+        total = sum(map(self._weight, self._ring.members))
+        return {name: self._weight(name) / total for name in sorted(self._ring.members)}
+
+    def weight_of(self, name: str) -> float:
+        """Return the weight of a node, as the settings have it."""
+        return self._weight(name)
+
     def is_home(self, object_id: ObjectId) -> bool:
         """Whether this node is the object's home, or acts as one while that fails."""
         return self._ranked(object_id)[0] == self.own
@@ -149,6 +176,28 @@ class Peers:
             if name == self.own or not self._is_penalised(name):
                 return ranked[rank:]
         return ranked
+
+    def has(self, url: str) -> bool:
+        """Whether this is the URL of an object at another node."""
+        return url.rpartition(_ASSETS)[0] in self._liveness
+
+    def is_second_home(self, object_id: ObjectId, size: int) -> bool:
+        """Whether this node keeps a second copy of an object of `size` bytes, if its home offers it."""
+        second = self._ranked(object_id)[1 : self._rules.copies]
+        return size > self._rules.keep_below and self.own in second
+
+    def second_home(self, object_id: ObjectId) -> str | None:
+        """Return the node that keeps a second copy of an object whose home is this node. None: none does."""
+        ranked = self._ranked(object_id)
+        if self._rules.copies < 2 or ranked[0] != self.own or _is_nameless(object_id):
+            return None
+        return next((name for name in ranked[1:2] if not self._is_penalised(name)), None)
+
+    async def offer(self, peer: str, object_id: ObjectId) -> bool:
+        """Have the peer copy an object from this node. Returns whether it has it already. Raises SourceError."""
+        hop = self._hop(PeerRequest(peer, only_if_cached=True), object_id, HOP_COPY)
+        answer = await self.client.ask(hop.url, {**hop.headers, "Range": "bytes=0-0"})
+        return answer.status < 300
 
     def keeps_cold(self, object_id: ObjectId, size: int | None) -> bool:
         """Whether this node keeps the object however rarely it is asked for. `size`: in bytes; None: unknown."""
@@ -169,22 +218,24 @@ class Peers:
 
     def hops(self, object_id: ObjectId, use: PeerUse) -> Sequence[Hop]:
         """Return the requests to peers that come before the sources. None to peers that failed lately."""
-        if object_id.is_digest and object_id.path == object_id:
-            return ()  # read back from a record or a job: a peer cannot tell which path the digest stands for
+        if _is_nameless(object_id):
+            return ()
         ranked = self._ranked(object_id)
+        requests = peer_requests(self.own, ranked, self._former_home(object_id, ranked), use)
+        return [
+            self._hop(request, object_id, HOP)
+            for request in requests
+            if not self._is_penalised(f"{request.base}/")
+        ]
+
+    def _hop(self, request: PeerRequest, object_id: ObjectId, hop: str) -> Hop:
         path = f"{_ASSETS}{object_id.path}"
-        hops = []
-        for request in peer_requests(self.own, ranked, self._former_home(object_id, ranked), use):
-            url = f"{request.base}{path}"
-            if self._is_penalised(url):
-                continue
-            headers = {HOP_HEADER: "1"}
-            if request.only_if_cached:
-                headers["Cache-Control"] = "only-if-cached"
-            if self._secret is not None:
-                headers[HOP_AUTH_HEADER] = sign_hop(self._secret, path, time.time())
-            hops.append(Hop(url, headers, request.only_if_cached))
-        return hops
+        headers = {HOP_HEADER: hop}
+        if request.only_if_cached:
+            headers["Cache-Control"] = "only-if-cached"
+        if self._secret is not None:
+            headers[HOP_AUTH_HEADER] = sign_hop(self._secret, request.base, path, hop, time.time())
+        return Hop(f"{request.base}{path}", headers, request.only_if_cached)
 
     def _former_home(self, object_id: ObjectId, ranked: Sequence[str]) -> str | None:
         """Return another live node that is likely to have the object from before the last change of the members.
@@ -198,9 +249,15 @@ class Peers:
             former = next((name for name in ranked[1:2] if name != self.own), None)
         return former
 
-    def kind_of(self, object_id: ObjectId, auth: str | None) -> HopKind:
-        """Return who sent a request with a HOP_HEADER for this object. `auth`: its HOP_AUTH_HEADER."""
-        return verify_hop(self._secret, f"{_ASSETS}{object_id.path}", auth, time.time())
+    def kind_of(self, object_id: ObjectId, hop: str, auth: str | None, *, at_peer_port: bool) -> HopKind:
+        """Return who sent a request with a HOP_HEADER for this object.
+
+        `hop`, `auth`: the values of HOP_HEADER and HOP_AUTH_HEADER. `at_peer_port`: it came to the port for peers.
+        """
+        if self._rules.has_port and not at_peer_port:
+            return "stranger"
+        path = f"{_ASSETS}{object_id.path}"
+        return verify_hop(self._secret, self.own, path, hop, auth, time.time())
 
     # Members
 
@@ -281,6 +338,101 @@ class Peers:
             return answer.status < 500
 
 
+def _is_nameless(object_id: ObjectId) -> bool:
+    """Whether the id was read back from a record or a job: a peer cannot tell which path the digest stands for."""
+    return object_id.is_digest and object_id.path == object_id
+
+
+class CopyOffers:
+    """Has the second homes of objects keep copies of them. One per API process; `run` sends the offers.
+
+    1. A request for an object on this node's volume is noted, in batches after the fact: a hit does nothing more.
+    2. If this node is its home, and this is not the view that it was fetched for, it waits to be offered. The number of
+       waiting objects is bounded.
+    3. The second home is asked for one byte of it. If it does not have it, it fetches it from here, and from nowhere
+       else.
+    4. The next offer waits for as long as the copy takes at the rate that is allowed.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        rules: FleetRules,
+        record_of: Callable[[ObjectId], StoredRecord | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`record_of`: of an object on the volume; blocking. `clock`: monotonic seconds."""
+        self._peers, self._rules, self._record_of, self._clock = peers, rules, record_of, clock
+        self._fetched: OrderedDict[ObjectId, float] = OrderedDict()  # when
+        self._settled: OrderedDict[ObjectId, float] = OrderedDict()  # offered, or nothing to offer; when
+        self._alive: frozenset[str] = frozenset()  # the peers for which that holds
+        self._waiting: OrderedDict[ObjectId, None] = OrderedDict()
+        self._noted = asyncio.Event()
+
+    def note_fetch(self, object_id: ObjectId) -> None:
+        """Note that this node begins to fetch the object for a request."""
+        _remember(self._fetched, object_id, self._clock())
+
+    def note_views(self, object_ids: Iterable[ObjectId]) -> None:
+        """Note that these objects were asked for."""
+        if self._alive != self._peers.alive:
+            self._alive = self._peers.alive
+            self._settled.clear()
+        now = self._clock()
+        for object_id in object_ids:
+            if len(self._waiting) >= _MAX_WAITING:
+                return
+            if (
+                now - self._settled.get(object_id, -math.inf) >= _OFFER_AGAIN
+                and now - self._fetched.get(object_id, -math.inf) >= self._rules.copy_after
+            ):
+                self._waiting[object_id] = None
+                self._noted.set()
+
+    async def run(self) -> None:
+        """Offer what is noted, until cancelled."""
+        while True:
+            await self._noted.wait()
+            self._noted.clear()
+            await self.send()
+
+    async def send(self) -> None:
+        """Offer all that waits."""
+        while self._waiting:
+            object_id, _ = self._waiting.popitem(last=False)
+            copied = await self._offer(object_id)
+            await asyncio.sleep(copied / self._rules.copy_rate)
+
+    async def _offer(self, object_id: ObjectId) -> int:
+        """Offer the object, if there is a node to offer it to. Returns the bytes that are copied for it."""
+        second, record = self._peers.second_home(object_id), None
+        try:
+            if second is not None:
+                record = await asyncio.to_thread(self._record_of, object_id)
+                if record is None:
+                    return 0  # it is being fetched
+            _remember(self._settled, object_id, self._clock())
+            # Without a content hash nothing proves that the copy is of the version that is here.
+            if second is None or record is None or record.content_hash is None:
+                return 0
+            if record.size <= self._rules.keep_below:
+                return 0
+            there = await self._peers.offer(second, object_id)
+        except (SourceError, VolumeError) as error:
+            logger.debug("copy_offer_failed", object_id=object_id, reason=str(error))
+            self._settled.pop(object_id, None)
+            return 0
+        PEER_COPIES.labels(result="there" if there else "offered").inc()
+        return 0 if there else record.size
+
+
+def _remember(times: OrderedDict[ObjectId, float], object_id: ObjectId, now: float) -> None:
+    times[object_id] = now
+    times.move_to_end(object_id)
+    if len(times) > _MAX_REMEMBERED:
+        times.popitem(last=False)
+
+
 def _read_secret(file: Path) -> bytes:
     """Blocking. Raises ConfigurationError."""
     try:
@@ -299,7 +451,7 @@ def _count_observation(observation: SourceObservation) -> None:
     if observation.first_byte is not None:
         PEER_LATENCY.observe(observation.first_byte)
     if observation.received:
-        PEER_BYTES.inc(observation.received)
+        PEER_BYTES.labels(peer=source_label(f"//{observation.source}")).inc(observation.received)
 
 
 def count_hop(result: str) -> None:

@@ -32,6 +32,7 @@ class FetchJob:
     trace: str = ""
     """Traceparent of the span that published the job (W3C Trace Context, section 3.2); empty: there is none."""
     for_peer: bool = False  # another node of the fleet asked: no third node is asked to fetch the object
+    copy: bool = False  # a second copy of what a peer has: no source is asked
 
     @property
     def object_id(self) -> ObjectId:
@@ -65,6 +66,7 @@ def encode_job(job: FetchJob) -> bytes:
             "low_priority": job.low_priority,
             **({"claim": job.claim} if job.claim else {}),
             **({"for_peer": True} if job.for_peer else {}),
+            **({"copy": True} if job.copy else {}),
             **({} if job.revalidates is None else {"revalidates": job.revalidates}),
         }
     ).encode()
@@ -98,6 +100,7 @@ def decode_job(body: bytes, *, attempt: int, request_id: str, trace: str = "") -
             claim=claim,
             low_priority=bool(fields.get("low_priority", False)),
             for_peer=bool(fields.get("for_peer", False)),
+            copy=bool(fields.get("copy", False)),
             revalidates=None if revalidates is None else float(revalidates),
             trace=trace,
         )

@@ -17,8 +17,13 @@ from typing import Literal
 
 HOP_HEADER = "X-Distributor-Hop"
 """In a request of a node to another one. A request with it is never forwarded to a third node."""
+HOP = "1"
+"""The value of HOP_HEADER in a request for an object."""
+HOP_COPY = "copy"
+"""The value of HOP_HEADER in an offer: the home tells another node to keep a second copy. Such a request is for one
+byte and `only-if-cached`, so that a node of a release without copies sends that, or nothing, and fetches nothing."""
 HOP_AUTH_HEADER = "X-Distributor-Hop-Auth"
-"""POSIX seconds and an HMAC-SHA256 of path and time, where the fleet has a secret."""
+"""The proof that a request comes from a node of the fleet, where the fleet has a secret. See `sign_hop`."""
 HOP_TOLERANCE = 60.0
 """Seconds by which the clocks of two nodes may differ, the way of the request included."""
 
@@ -34,6 +39,10 @@ class FleetRules:
     dns: str | None = None  # NAME:PORT, whose addresses are the nodes
     weights: Mapping[str, float] = field(default_factory=dict)  # 1 for the others
     keep_below: int = 1024**2  # bytes of the largest object that every node keeps
+    copies: int = 1  # of a larger object: 2 if the second node in rank keeps one too
+    copy_after: float = 300.0  # seconds after its fetch from which a request for an object is a second view
+    copy_rate: int = 20 * 1024**2  # bytes a second that one process offers to second homes
+    has_port: bool = False  # peers ask at a port of their own
     hot_views: float = 4.0  # from which a larger object is kept at this node too
     hot_half_life: float = 60.0  # seconds after which a view weighs half
     first_byte_wait: float = (
@@ -77,6 +86,7 @@ class PeerUse(Enum):
 
     FETCH = auto()  # the home may fetch the object for this node
     CACHED = auto()  # they send what they have, and fetch nothing: a peer asked this node
+    COPY = auto()  # the home sends what it has, and no source is asked: this node keeps a second copy
     NONE = auto()
 
 
@@ -96,6 +106,8 @@ def peer_requests(
     `own`: this node. `ranked`: the live nodes in their order for the object. `former_home`: its home before the last
     change of the members, if that is recent.
 
+    A second copy comes from the home, and from no other node.
+
     1. The home fetches for the fleet, unless this node is the home, or asks on behalf of a peer.
     2. After the home the second in rank: as a second home of a hot object, or from a time at which the home was down.
     3. The former home may still have the object.
@@ -103,6 +115,8 @@ def peer_requests(
     requests: list[PeerRequest] = []
     if use is PeerUse.NONE:
         return ()
+    if use is PeerUse.COPY:
+        return (PeerRequest(ranked[0], only_if_cached=True),) if own in ranked[1:] else ()
     if use is PeerUse.FETCH and ranked and ranked[0] != own:
         requests.append(PeerRequest(ranked[0], only_if_cached=False))
         requests += [PeerRequest(second, only_if_cached=True) for second in ranked[1:2] if second != own]
@@ -200,24 +214,42 @@ class HotObjects:
 # Proof that a request comes from a node of the fleet.
 
 HopKind = Literal["peer", "stranger"]
+_FORM = "2"
 
 
-def sign_hop(secret: bytes, path: str, now: float) -> str:
-    """Return the value of HOP_AUTH_HEADER. `path`: of the request, percent-encoded, with its query."""
+def sign_hop(secret: bytes, target: str, path: str, hop: str, now: float) -> str:
+    """Return the value of HOP_AUTH_HEADER: `2:SECONDS:HMAC`, the POSIX time and an HMAC-SHA256 in hexadecimal.
+
+    `target`: the base URL of the node that is asked, so that another one does not take the request for its own. `path`:
+    of the request, percent-encoded, with its query. `hop`: the value of HOP_HEADER.
+    """
     at = str(int(now))
-    return f"{at}:{_hop_mac(secret, path, at)}"
+    return f"{_FORM}:{at}:{_mac(secret, _FORM, target, hop, path, at)}"
 
 
-def verify_hop(secret: bytes | None, path: str, value: str | None, now: float) -> HopKind:
-    """Return whether a request with a HOP_HEADER comes from a peer. Without a secret, every one does."""
+def verify_hop(secret: bytes | None, own: str, path: str, hop: str, value: str | None, now: float) -> HopKind:
+    """Return whether a request with a HOP_HEADER comes from a peer. Without a secret, every one does.
+
+    `own`: the base URL of this node. Accepts the form of the release before too, `SECONDS:HMAC` of path and time, which
+    names no node. A request in the present form cannot be turned into one of that form: the HMAC is of another text. So
+    only requests of nodes that have not been upgraded can be repeated at another node.
+    """
     if secret is None:
         return "peer"
-    at, _, mac = (value or "").partition(":")
+    form, _, rest = (value or "").partition(":")
+    at, _, mac = rest.partition(":")
+    if form == _FORM:
+        expected = _mac(secret, _FORM, own, hop, path, at)
+    else:
+        at, mac = form, rest
+        expected = _mac(secret, path, at)
+        if hop != HOP:
+            return "stranger"  # the former form does not say what is asked for
     if not (at.isascii() and at.isdigit() and len(at) <= 12) or abs(int(at) - now) > HOP_TOLERANCE:
         return "stranger"
-    expected = _hop_mac(secret, path, at).encode()
-    return "peer" if hmac.compare_digest(expected, mac.encode("utf-8", "replace")) else "stranger"
+    return "peer" if hmac.compare_digest(expected.encode(), mac.encode("utf-8", "replace")) else "stranger"
 
 
-def _hop_mac(secret: bytes, path: str, at: str) -> str:
-    return hmac.new(secret, f"{path}\n{at}".encode(), hashlib.sha256).hexdigest()
+def _mac(secret: bytes, *fields: str) -> str:
+    """No field has a line break: a request target and a header's value have none."""
+    return hmac.new(secret, "\n".join(fields).encode("utf-8", "replace"), hashlib.sha256).hexdigest()

@@ -83,7 +83,9 @@ PEER_REQUESTS = Counter(
     "Requests to peers by result: hit, fetched (the peer had to fetch the object), absent, failed.",
     ["result"],
 )
-PEER_BYTES = Counter("distributor_peer_bytes_total", "Bytes of objects received from peers.")
+PEER_BYTES = Counter(
+    "distributor_peer_bytes_total", "Bytes of objects received from peers, by peer.", ["peer"]
+)
 PEER_LATENCY = Histogram(
     "distributor_peer_latency_seconds",
     "From the request to a peer to the head of its response.",
@@ -93,6 +95,12 @@ PEER_ASKED = Counter(
     "distributor_peer_asked_total",
     "Requests of other nodes that were no hits, by sender: peer, stranger (not signed as the fleet signs).",
     ["sender"],
+)
+
+PEER_COPIES = Counter(
+    "distributor_peer_copies_total",
+    "Offers to second homes by result: offered (it copies the object, if it can), there (it has it).",
+    ["result"],
 )
 
 # Requests (API)
@@ -527,6 +535,7 @@ def counted_here() -> dict[str, Any]:
     first_byte    observations in each bucket of FIRST_BYTE_BOUNDS, not cumulative
     evictions     objects by reason; evicted_bytes: of all reasons
     sources       by source: requests, bytes, failures by reason; the busiest MAX_REPORTED_SOURCES
+    peers         bytes received by peer
     """
     requests = dict.fromkeys((*_RESULTS, "error"), 0.0)
     for labels, value in _samples(REQUESTS):
@@ -549,6 +558,7 @@ def counted_here() -> dict[str, Any]:
         "evictions": {labels["reason"]: value for labels, value in _samples(EVICTIONS)},
         "evicted_bytes": sum(value for _, value in _samples(EVICTED_BYTES)),
         "sources": {name: sources[name] for name in busiest},
+        "peers": {labels["peer"]: value for labels, value in _samples(PEER_BYTES)},
     }
 
 

@@ -127,6 +127,7 @@ class Counted(ReportPart):
     evictions: Mapping[str, float] = {}
     evicted_bytes: float = 0
     sources: Mapping[str, CountedSource] = {}
+    peers: Mapping[str, float] = {}  # bytes received by peer
 
 
 class RemovedObject(ReportPart):

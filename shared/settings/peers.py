@@ -32,6 +32,12 @@ class PeerSettings(BaseModel):
     secret_file: Path | None = None
     """File with a secret that all nodes of the fleet share, at least 16 bytes. Requests between nodes are signed with
     it. Their clocks may differ by 60 seconds."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """A port of its own for traffic between nodes, which `urls` or `dns` name then. It serves assets and `/status` for
+    requests with the header of a peer alone. A request at the public port is a stranger's then, whatever its headers
+    say."""
+    host: str = "0.0.0.0"
+    """Address of that port."""
     operator_urls: tuple[str, ...] = ()
     """URLs of the operator APIs of all nodes, for orders with `--fleet`. Default: the hosts of `urls`, with
     `operator_api.port`. All nodes need the same operator secret."""
@@ -40,6 +46,15 @@ class PeerSettings(BaseModel):
     keep_below: Size = Field(default=1024**2)
     """Objects up to so many bytes are kept by each node that serves them. Larger ones are kept by their home, and by
     others while they are hot."""
+    copies: int = Field(default=1, ge=1, le=2)
+    """Copies of a larger object. 2: the second node in rank fetches one from the home after the second view. A node
+    that is lost then costs the sources less. The copies take space from other objects. Objects without a content hash
+    are not copied. Set it once all processes of all nodes know it."""
+    copy_after: float = Field(default=300.0, ge=0, le=7 * 24 * 3600)
+    """Seconds after an object was fetched from which a request for it is a second view. What one player asks for within
+    this time is the first. 0: what is asked for twice is copied."""
+    copy_rate: Size = Field(default=20 * 1024**2, gt=0)
+    """Bytes a second, in the mean, that one API process has second homes copy."""
     hot_views: float = Field(default=4.0, ge=1, le=1e6)
     """Views from which an object is hot at this node. A view weighs half after `hot_half_life`."""
     hot_half_life: _Seconds = 60.0
@@ -70,6 +85,10 @@ class PeerSettings(BaseModel):
             dns=self.dns,
             weights=self.weights,
             keep_below=self.keep_below,
+            copies=self.copies,
+            copy_after=self.copy_after,
+            copy_rate=self.copy_rate,
+            has_port=self.port is not None,
             hot_views=self.hot_views,
             hot_half_life=self.hot_half_life,
             first_byte_wait=self.first_byte_wait,

@@ -1,4 +1,6 @@
-"""A fleet of three standalone nodes whose processes are killed and frozen at random, under load.
+"""Three standalone nodes as a fleet: processes are killed and frozen at random under load, or one has another clock.
+
+They keep second copies and sign their requests.
 
 FLEET_SOAK_SECONDS (default 20) and CHAOS_SEED change the length and the order.
 """
@@ -41,6 +43,12 @@ async def disturb(process: ServiceProcess, chance: random.Random) -> None:
         process.send(signal.SIGCONT)
 
 
+def secret_of(folder: Path) -> Path:
+    file = folder / "secret"
+    file.write_text("the-secret-of-the-fleet\n")
+    return file
+
+
 async def test_killed_and_frozen_nodes_cost_their_own_clients_alone(tmp_path: Path) -> None:
     chance = random.Random(SEED)
     async with StorageNode([]).run() as far:
@@ -49,7 +57,14 @@ async def test_killed_and_frozen_nodes_cost_their_own_clients_alone(tmp_path: Pa
             [generated_object(str(number), (20 + number * 17 % 900) * KIB) for number in range(150)]
         )
         cells = [fleet.new_cell(40 * 1024 * KIB) for _ in range(3)]
-        fleet.join(cells, DISTRIBUTOR_PEERS__FIRST_BYTE_WAIT="1", DISTRIBUTOR_PEERS__KEEP_BELOW="100K")
+        fleet.join(
+            cells,
+            DISTRIBUTOR_PEERS__FIRST_BYTE_WAIT="1",
+            DISTRIBUTOR_PEERS__KEEP_BELOW="100K",
+            DISTRIBUTOR_PEERS__SECRET_FILE=str(secret_of(tmp_path)),
+            DISTRIBUTOR_PEERS__COPIES="2",
+            DISTRIBUTOR_PEERS__COPY_AFTER="1",
+        )
         for cell in cells:
             cell.add("standalone")
         disturbed = [0.0, 0.0, 0.0]  # until when, on the monotonic clock; inf: now
@@ -93,4 +108,35 @@ async def test_killed_and_frozen_nodes_cost_their_own_clients_alone(tmp_path: Pa
                 for process in cell.processes:
                     with suppress(ProcessLookupError):
                         process.send(signal.SIGCONT)
+                cell.kill_all()
+
+
+async def test_a_node_whose_clock_is_an_hour_ahead_serves_and_is_served(
+    tmp_path: Path, faketime_library: str
+) -> None:
+    """Its signatures are not believed, and it believes none: it is a stranger to the others, and they to it."""
+    async with StorageNode([]).run() as far:
+        fleet = Fleet(tmp_path, ("memory://", "memory://"), far)
+        fleet.publish([generated_object(str(number), 300 * KIB) for number in range(60)])
+        cells = [fleet.new_cell(40 * 1024 * KIB) for _ in range(3)]
+        fleet.join(cells, DISTRIBUTOR_PEERS__SECRET_FILE=str(secret_of(tmp_path)))
+        ahead = {
+            "LD_PRELOAD": faketime_library,
+            "FAKETIME": "+1h",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+        }
+        for cell, environment in zip(cells, (ahead, {}, {}), strict=True):
+            cell.add("standalone", **environment)
+        try:
+            await asyncio.gather(*(cell.ready() for cell in cells))
+            for object_id in fleet.digests:
+                answers = await asyncio.gather(*(fleet.ask(number, object_id) for number in range(3)))
+                assert answers == [True] * 3
+            # Each node goes to the source at most once: a stranger's request is not forwarded, and not refused either.
+            gets = [len(far.requests.of(object_id, "GET")) for object_id in fleet.digests]
+            report(f"downloads of each object: {sum(gets) / len(gets):.2f}")
+            assert max(gets) <= 3
+        finally:
+            for cell in cells:
                 cell.kill_all()

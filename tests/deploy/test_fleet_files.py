@@ -51,8 +51,9 @@ def test_a_cell_has_settings_that_the_node_knows(cell: str) -> None:
     settings = load_settings(None, given)
     rules = settings.peers.rules
     assert rules is not None
-    assert rules.own == f"http://{cell}:3334" == f"http://{cell}:{settings.public_api.port}"
-    assert sorted(rules.urls) == [f"http://{name}:3334" for name in CELLS]
+    assert rules.own == f"http://{cell}:3337" == f"http://{cell}:{settings.peers.port}"
+    assert sorted(rules.urls) == [f"http://{name}:3337" for name in CELLS]
+    assert settings.public_api.port == 3334  # that the edge leads to
     assert settings.id == cell
     assert service["command"] == ["standalone"]
     settings.check_for("standalone")

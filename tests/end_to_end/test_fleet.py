@@ -55,6 +55,7 @@ def zipf(ids: Sequence[str], count: int) -> list[str]:
     return random.Random(3).choices(ids, cum_weights=weights, k=count)
 
 
+@pytest.mark.timeout(900)
 async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_space(
     fleet: Fleet, tmp_path: Path
 ) -> None:
@@ -78,19 +79,33 @@ async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_sp
             cell.kill_all()
     single = fleet.far_bytes(begun)
     report(f"far bytes: {together} by three cells, {single} by one node, {together / single:.3f}")
-    assert together <= 1.05 * single
+    # Even with evictions at ideal moments it is 0.99 to 1.02, since ports are by chance, and homes by ports. Nodes that
+    # know nothing of each other need 1.3 times as much.
+    assert together <= 1.10 * single
 
 
 async def test_a_killed_cell_costs_nothing_but_the_connections_to_it(fleet: Fleet) -> None:
+    """With second copies the source is not asked again for what the cell had. What the others fetched while it was away
+    comes from them once it is back."""
     objects = [generated_object(str(number), 300 * KIB) for number in range(120)]
     fleet.publish(objects)
-    await fleet.up(3, DISTRIBUTOR_PEERS__PROBE_INTERVAL="0.5")
+    await fleet.up(
+        3,
+        DISTRIBUTOR_PEERS__PROBE_INTERVAL="0.5",
+        DISTRIBUTOR_PEERS__COPIES="2",
+        DISTRIBUTOR_PEERS__COPY_AFTER="0",
+        DISTRIBUTOR_PEERS__COPY_RATE="1G",
+    )
     ids = [item.object_id for item in objects]
-    await browse(fleet, 3, ids)
-    for number in range(3):
-        await eventually(
-            lambda number=number: fleet.stored(number) >= {one for one in ids if fleet.home(one) == number}  # type: ignore[misc]
+
+    async def twice_stored() -> bool:
+        await browse(fleet, 3, ids)
+        return all(
+            fleet.stored(number) >= {one for one in ids if number in fleet.homes(one)[:2]}
+            for number in range(3)
         )
+
+    await eventually(twice_stored)
     victim, begun = fleet.cells[0], len(fleet.far.requests)
     failed: Counter[int] = Counter()
     ended = asyncio.Event()
@@ -107,19 +122,37 @@ async def test_a_killed_cell_costs_nothing_but_the_connections_to_it(fleet: Flee
     for process in victim.processes:
         process.kill()
     await asyncio.sleep(2)
+    away = fleet.far_bytes(begun)
+    new = [generated_object(str(number), 300 * KIB) for number in range(120, 180)]
+    fleet.publish(new)
+    missed = [item.object_id for item in new if fleet.home(item.object_id) == 0]
+    await fleet.knows(new[-1].object_id, (1, 2))
+
+    async def taken_over() -> bool:
+        for object_id in missed:
+            assert await fleet.ask(1, object_id)
+        return all(one in fleet.stored(fleet.homes(one)[1]) for one in missed)
+
+    await eventually(taken_over)
     for process in victim.processes:
         process.start()
     await victim.ready()
     back = len(fleet.far.requests)
-    await asyncio.sleep(4)
+    for object_id in missed:
+        assert await fleet.ask(0, object_id)
+    await asyncio.sleep(2)
     ended.set()
     await asyncio.gather(*clients)
     assert failed[0] > 0
     assert failed[1] == failed[2] == 0
     own = sum(item.size for item in objects if fleet.home(item.object_id) == 0)
-    away, after = fleet.far_bytes(begun) - fleet.far_bytes(back), fleet.far_bytes(back)
-    report(f"of {own} bytes homed at the killed cell, from the source: {away} while away, {after} after")
-    assert after <= 0.05 * own
+    after, fetched = fleet.far_bytes(back), sum(item.size for item in new if item.object_id in missed)
+    report(
+        f"from the source: {away} of {own} bytes homed at the killed cell while it was away,"
+        f" {after} after it was back, of {fetched} that it had missed"
+    )
+    assert away <= 0.05 * own
+    assert after <= 0.05 * fetched
     await eventually(lambda: fleet.ask(0, ids[0]))
 
 

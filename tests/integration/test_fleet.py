@@ -4,123 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from distributor_node.services.demo.storage_node import StorageNode
-from distributor_node.services.standalone.main import run_standalone
-from distributor_node.shared.domain.peers import Ring
-from distributor_node.shared.runtime.run_service import ServiceScope
-from distributor_node.shared.settings.model import Settings
-from tests.end_to_end.client import Answer, get
-from tests.end_to_end.stack import write_manifest
+from distributor_node.shared.domain.peers import Ring, sign_hop
+from tests.end_to_end.client import get
+from tests.integration.fleet_harness import PATIENT, Fleet, as_peer, is_whole, start_all
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
 from tests.servers.tcp_relay import TcpRelay
 from tests.waiting import eventually
-
-PATIENT = 5.0
-"""Seconds to wait for a peer's first byte: the machine of the tests may be busy."""
-
-
-@dataclass(slots=True)
-class Fleet:
-    """Nodes that share a manifest and one far source."""
-
-    folder: Path
-    far: StorageNode
-    stack: AsyncExitStack
-    bases: list[str]
-    objects: list[DemoObject] = field(default_factory=list)
-    stops: dict[str, Any] = field(default_factory=dict)
-    operators: dict[str, int] = field(default_factory=dict)  # ports of the operator APIs
-    waits: dict[str, dict[str, float]] = field(default_factory=dict)  # settings of other groups than `peers`
-
-    def publish(self, *objects: DemoObject) -> None:
-        self.far.objects.update({item.object_id: item for item in objects})
-        self.objects += objects
-        write_manifest(self.folder / "manifest.json", self.objects, [f"{self.far.api_url}/files/"])
-
-    async def start(
-        self, base: str, members: Sequence[str] | None = None, port: int | None = None, **peers: Any
-    ) -> None:
-        """`port`: where the node listens, if not at its base URL."""
-        port = port or int(base.rpartition(":")[2])
-        operator = self.operators.setdefault(base, free_port())
-        values = {"urls": members or self.bases, "own_url": base, "first_byte_wait": PATIENT, "keep_below": 0}
-        settings = Settings(
-            catalog={"kind": "manifest", "manifest": self.folder / "manifest.json"},
-            storage={"path": self.folder / f"volume-{port}", "limit": "1G"},
-            public_api={"host": "127.0.0.1", "port": port, **self.waits.get("public_api", {})},
-            fetch=self.waits.get("fetch", {}),
-            metrics={"host": "127.0.0.1", "port": 0},
-            operator_api={"port": operator, "secret": SECRET},
-            peers=values | peers,
-            shutdown_deadline=2,
-            log={"level": "error"},
-        )
-        stop, listening = asyncio.Event(), asyncio.Event()
-        resources = await self.stack.enter_async_context(AsyncExitStack())
-
-        async def serve() -> None:
-            async with resources:
-                await run_standalone(ServiceScope(stop, resources), settings, lambda _: listening.set())
-
-        task = asyncio.create_task(serve())
-
-        async def end() -> None:
-            stop.set()
-            await task
-
-        self.stops[base] = end
-        waiting = asyncio.create_task(listening.wait())
-        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        assert listening.is_set(), task.exception()
-
-    async def stop(self, base: str) -> None:
-        if base in self.stops:
-            await self.stops.pop(base)()
-
-    def in_order(self, object_id: str) -> Sequence[str]:
-        """The nodes, its home first."""
-        return Ring(dict.fromkeys(self.bases, 1.0)).ranked(object_id)
-
-    def homed_at(self, base: str, size: int, ids: Iterable[int] = range(1, 1000)) -> DemoObject:
-        """An object whose home this node is."""
-        return next(
-            generated_object(str(number), size) for number in ids if self.in_order(str(number))[0] == base
-        )
-
-    async def get(self, base: str, object_id: str, **headers: str) -> Answer:
-        return await get(f"{base}/api/v1/assets/{object_id}", headers)
-
-    async def hop(self, base: str, object_id: str, **headers: str) -> tuple[int, bytes]:
-        """Ask as a peer does, by a client that takes interim responses. Returns status and body."""
-        async with httpx.AsyncClient() as client:
-            answer = await client.get(
-                f"{base}/api/v1/assets/{object_id}", headers={"X-Distributor-Hop": "1", **headers}
-            )
-            return answer.status_code, answer.content
-
-    def stored(self, base: str, object_id: str) -> bool:
-        volume = self.folder / f"volume-{base.rpartition(':')[2]}"
-        return any(volume.glob(f"objects/*/{object_id}"))
-
-    def far_gets(self, object_id: str) -> int:
-        return len(self.far.requests.of(object_id, "GET"))
 
 
 @pytest.fixture
@@ -135,17 +42,6 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
         finally:
             for base in list(made.stops):
                 await made.stop(base)
-
-
-async def start_all(fleet: Fleet, **peers: Any) -> None:
-    for base in fleet.bases:
-        await fleet.start(base, **peers)
-
-
-def is_whole(answer: Answer, item: DemoObject) -> bool:
-    expected = hashlib.sha256(item.content.read(0, item.size)).digest()
-    right = hashlib.sha256(answer.body).digest() == expected
-    return answer.status == 200 and answer.complete and right
 
 
 async def test_first_requests_at_all_nodes_are_one_download(fleet: Fleet) -> None:
@@ -214,6 +110,107 @@ async def test_without_its_home_an_object_comes_from_a_second_home_or_the_source
     assert fleet.far_gets(kept.object_id) == 1
     assert is_whole(await fleet.get(fleet.in_order(item.object_id)[1], item.object_id), item)
     assert fleet.far_gets(item.object_id) == 1
+
+
+COPIES: dict[str, Any] = {"copies": 2, "copy_after": 0, "hot_views": 1000}
+
+
+async def test_a_second_home_keeps_a_copy_and_serves_it_while_the_home_is_away(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    fleet.publish(item)
+    await start_all(fleet, **COPIES, probe_interval=3600, handover=0)
+    home, second, third = fleet.in_order(item.object_id)
+    assert is_whole(await fleet.get(third, item.object_id), item)
+    await eventually(lambda: fleet.stored(home, item.object_id))
+
+    async def copied() -> bool:
+        assert is_whole(await fleet.get(third, item.object_id), item)  # a view; the home counts it
+        await asyncio.sleep(0.2)
+        return fleet.stored(second, item.object_id)
+
+    await eventually(copied)
+    assert not fleet.stored(third, item.object_id)
+    await fleet.stop(home)
+    assert is_whole(await fleet.get(third, item.object_id), item)
+    assert (await fleet.get(second, item.object_id)).headers["x-cache"] == "hit"
+    assert fleet.far_gets(item.object_id) == 1
+
+
+async def test_a_second_copy_never_comes_from_the_source(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    fleet.publish(item)
+    await start_all(fleet, **COPIES)
+    _, second, third = fleet.in_order(item.object_id)
+    offer = {"X-Distributor-Hop": "copy", "Cache-Control": "only-if-cached", "Range": "bytes=0-0"}
+    for base in (second, third):
+        assert (await fleet.hop(base, item.object_id, **offer))[0] == 504  # the home has nothing to copy
+    await asyncio.sleep(1)
+    assert fleet.far_gets(item.object_id) == 0
+    # What asks for it meanwhile and afterwards gets it as if there had been no offer.
+    assert is_whole(await fleet.get(second, item.object_id), item)
+    assert fleet.far_gets(item.object_id) == 1
+    assert not fleet.stored(third, item.object_id)
+
+
+async def test_wrong_bytes_of_the_home_are_not_copied(fleet: Fleet) -> None:
+    liar, item = await beside_a_liar(fleet, Fault(flip_byte_at=10), 1000, copies=2)
+    offer = {"X-Distributor-Hop": "copy", "Cache-Control": "only-if-cached", "Range": "bytes=0-0"}
+    assert (await fleet.hop(fleet.bases[0], item.object_id, **offer))[0] == 504
+    await eventually(lambda: len(liar.requests) > 0)
+    await asyncio.sleep(1)
+    assert not fleet.stored(fleet.bases[0], item.object_id)
+    assert fleet.far_gets(item.object_id) == 0
+    assert is_whole(await fleet.get(fleet.bases[0], item.object_id), item)
+
+
+async def test_a_release_without_copies_is_asked_for_one_byte_that_it_has(fleet: Fleet) -> None:
+    """It takes the offer for a request of a peer. So an offer must not make it fetch, nor send much."""
+    former = await fleet.stack.enter_async_context(StorageNode([]).run())
+    own, other = fleet.bases[0], await fleet.stack.enter_async_context(as_peer(former))
+    fleet.bases = [own, other]
+    item = fleet.homed_at(own, 2 * MIB)
+    fleet.publish(item)
+    former.objects.update({item.object_id: item})
+    await fleet.start(own, probe_interval=3600, handover=0, **COPIES)
+
+    async def offered() -> bool:
+        assert is_whole(await fleet.get(own, item.object_id), item)
+        return len(former.requests.of(item.object_id, "GET")) > 0
+
+    await eventually(offered)
+    (request,) = former.requests.of(item.object_id, "GET")
+    assert request.range == "bytes=0-0"
+
+
+async def test_nodes_two_of_which_do_not_see_each_other_serve_from_each_side(fleet: Fleet) -> None:
+    """The first and the third see the second alone, as after their probes of each other failed. It sees both."""
+    first, second, third = fleet.bases
+    items = [
+        fleet.homed_at(base, 300_000, range(begin, 9000))
+        for base in fleet.bases
+        for begin in range(0, 4000, 1000)
+    ]
+    fleet.publish(*items)
+    fleet.far.faults.add(Fault(latency_before_headers=0.2))
+    # Longer than the test accepts: that a fetch is given up for its silence must not be what ends the wait.
+    long = 90.0
+    fleet.waits = {
+        "public_api": {"first_byte_wait": long, "proxied_first_byte_wait": long},
+        "fetch": {"first_byte_timeout": long},
+    }
+    for base, members in ((first, [first, second]), (second, fleet.bases), (third, [second, third])):
+        await fleet.start(base, members, probe_interval=3600, first_byte_wait=long)
+    for item in items:
+        answers = await asyncio.gather(*(fleet.get(base, item.object_id) for base in fleet.bases * 2))
+        assert all(is_whole(answer, item) for answer in answers)
+        assert max(answer.took for answer in answers) < long / 2
+    # Each of two nodes may take itself for the home, and the one between them a third time for a peer.
+    assert max(fleet.far_gets(item.object_id) for item in items) <= 3
+    asked = len(fleet.far.requests)
+    for item in items:  # what was fetched is found again
+        for base in fleet.bases:
+            assert is_whole(await fleet.get(base, item.object_id), item)
+    assert len(fleet.far.requests) - asked <= len(items)
 
 
 async def test_probes_move_the_objects_of_a_lost_node_to_one_new_home_and_back(fleet: Fleet) -> None:
@@ -366,6 +363,119 @@ async def test_a_strangers_hop_is_not_forwarded_and_makes_no_other_node_keep_the
     assert fleet.far_gets(item.object_id) == asked + 1
 
 
+async def test_the_nodes_page_shows_the_ring_and_what_came_from_each_node(fleet: Fleet) -> None:
+    own, other, gone = fleet.bases
+    item = fleet.homed_at(other, 2 * MIB)
+    fleet.publish(item)
+    weights = {own: 1.0, other: 3.0}
+    port = free_port()
+    await fleet.start(other, weights=weights, probe_interval=0.2)
+    fleet.waits["dashboard"] = {"port": port}
+    await fleet.start(own, weights=weights, probe_interval=0.2)
+    assert is_whole(await fleet.get(own, item.object_id), item)
+    shown: dict[str, Any] = {}
+
+    async def complete() -> bool:
+        shown.update((await get(f"http://127.0.0.1:{port}/snapshot.json")).json())
+        nodes = shown["fleet"]["nodes"]
+        received: float = sum(node["bytes"] for node in nodes)
+        return sum(node["alive"] for node in nodes) == 2 and received >= item.size
+
+    await eventually(complete)
+    nodes = {f"http://{node['name']}": node for node in shown["fleet"]["nodes"]}
+    assert {name: (node["own"], node["alive"], node["share"]) for name, node in nodes.items()} == {
+        own: (True, True, 0.25),
+        other: (False, True, 0.75),
+        gone: (False, False, 0.0),
+    }
+    assert nodes[other]["bytes"] >= item.size > nodes[gone]["bytes"] == 0
+    sources = {source["name"] for source in shown["sources"]}
+    assert not sources & {node["name"] for node in shown["fleet"]["nodes"]}
+
+
+def with_secret(fleet: Fleet) -> tuple[bytes, Path]:
+    secret = b"the-secret-of-the-fleet"
+    file = fleet.folder / "secret"
+    file.write_bytes(secret)
+    return secret, file
+
+
+async def test_a_request_of_a_peer_that_is_repeated_at_another_node_is_a_strangers(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    fleet.publish(item)
+    secret, file = with_secret(fleet)
+    await start_all(fleet, secret_file=file)
+    _, second, third = fleet.in_order(item.object_id)
+    path = f"/api/v1/assets/{item.object_id}"
+    auth = sign_hop(secret, second, path, "1", time.time())
+    expected = (200, item.content.read(0, item.size))
+    assert await fleet.hop(third, item.object_id, **{"X-Distributor-Hop-Auth": auth}) == expected
+    assert await fleet.hop(second, item.object_id, **{"X-Distributor-Hop-Auth": auth}) == expected
+    await eventually(lambda: fleet.stored(second, item.object_id))  # what a peer asks for is kept
+    assert not fleet.stored(third, item.object_id)
+
+
+async def test_a_peer_of_the_release_before_is_a_peer(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    fleet.publish(item)
+    secret, file = with_secret(fleet)
+    await start_all(fleet, secret_file=file)
+    _, second, _ = fleet.in_order(item.object_id)
+    at = int(time.time())
+    mac = hmac.new(secret, f"/api/v1/assets/{item.object_id}\n{at}".encode(), hashlib.sha256).hexdigest()
+    await fleet.hop(second, item.object_id, **{"X-Distributor-Hop-Auth": f"{at}:{mac}"})
+    await eventually(lambda: fleet.stored(second, item.object_id))
+
+
+async def test_a_peer_whose_clock_differs_gets_its_object_as_a_stranger_does(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    fleet.publish(item)
+    secret, file = with_secret(fleet)
+    await start_all(fleet, secret_file=file)
+    home, second, _ = fleet.in_order(item.object_id)
+    path = f"/api/v1/assets/{item.object_id}"
+    for base in (second, home):
+        auth = sign_hop(secret, base, path, "1", time.time() - 600)
+        answer = await fleet.hop(base, item.object_id, **{"X-Distributor-Hop-Auth": auth})
+        assert answer == (200, item.content.read(0, item.size))
+    await eventually(lambda: fleet.stored(home, item.object_id))  # its home keeps it for any request
+    assert not fleet.stored(second, item.object_id)
+
+
+async def test_peers_ask_at_a_port_of_their_own(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    fleet.publish(item)
+    public = {base: free_port() for base in fleet.bases}
+    for base in fleet.bases:
+        await fleet.start(base, port=public[base], peer_port=int(base.rpartition(":")[2]), probe_interval=0.3)
+    home, second, third = fleet.in_order(item.object_id)
+    clients = [f"http://127.0.0.1:{port}" for port in public.values()]
+    answers = await asyncio.gather(*(fleet.get(base, item.object_id) for base in clients * 4))
+    assert all(is_whole(answer, item) for answer in answers)
+    assert fleet.far_gets(item.object_id) == 1
+
+    async def kept() -> bool:
+        return any((fleet.folder / f"volume-{public[home]}").glob(f"objects/*/{item.object_id}"))
+
+    await eventually(kept)
+    # At that port nothing is served but to peers, whether it is cached or not.
+    for path in (f"assets/{item.object_id}", f"assets/{10**9}", "status", "buckets", "openapi.json"):
+        assert (await get(f"{home}/api/v1/{path}")).status == 403
+    assert (await get(f"{home}/healthz", {"X-Distributor-Hop": "1"})).status == 403
+    assert (await get(f"{home}/api/v1/buckets", {"X-Distributor-Hop": "1"})).status == 403
+    for base in clients:
+        assert (await get(f"{base}/api/v1/buckets")).status == 200
+        status = (await get(f"{base}/api/v1/status")).json()
+        assert len(status["peers"]["alive"]) == 2
+    # At the public port a hop is a stranger's: it makes no node keep the object.
+    await fleet.hop(f"http://127.0.0.1:{public[third]}", item.object_id)
+    await fleet.hop(second, item.object_id)
+    await eventually(
+        lambda: any((fleet.folder / f"volume-{public[second]}").glob(f"objects/*/{item.object_id}"))
+    )
+    assert not any((fleet.folder / f"volume-{public[third]}").glob(f"objects/*/{item.object_id}"))
+
+
 async def order(fleet: Fleet, *arguments: str) -> tuple[int, dict[str, Any]]:
     """`distributor operator … --fleet`: its exit code, and what it prints of each node, by its base URL."""
     config = fleet.folder / "node.yaml"
@@ -408,28 +518,9 @@ async def test_orders_reach_all_nodes_and_say_what_became_of_each(fleet: Fleet) 
     assert "cannot be reached" in results[fleet.bases[2]]["error"]
 
 
-@asynccontextmanager
-async def as_peer(node: StorageNode) -> AsyncIterator[str]:
-    """The base URL of a server that has what the storage node has, with its faults, under the paths of a peer."""
-
-    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while piece := await reader.read(1 << 16):
-                writer.write(piece.replace(b" /api/v1/assets/", b" /api/v1/files/", 1))
-                await writer.drain()
-        writer.close()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", node.port)
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(pipe(reader, back), pipe(there, writer))
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
-async def beside_a_liar(fleet: Fleet, lie: Fault, hot_views: float) -> tuple[StorageNode, DemoObject]:
+async def beside_a_liar(
+    fleet: Fleet, lie: Fault, hot_views: float, **peers: Any
+) -> tuple[StorageNode, DemoObject]:
     """Start the first node with a scripted peer, which is the home of the object that is returned."""
     liar = await fleet.stack.enter_async_context(StorageNode([]).run())
     honest, lying = fleet.bases[0], await fleet.stack.enter_async_context(as_peer(liar))
@@ -438,7 +529,8 @@ async def beside_a_liar(fleet: Fleet, lie: Fault, hot_views: float) -> tuple[Sto
     fleet.publish(item)
     liar.objects.update({item.object_id: item})
     liar.faults.add(lie, Match(endpoint="files"))
-    await fleet.start(honest, first_byte_wait=1.0, hot_views=hot_views, probe_interval=3600)
+    values = {"first_byte_wait": 1.0, "hot_views": hot_views, "probe_interval": 3600} | peers
+    await fleet.start(honest, **values)
     return liar, item
 
 
@@ -497,4 +589,24 @@ async def test_a_source_is_not_blamed_for_what_a_peer_sent_before_it(fleet: Flee
     answer = await fleet.get(honest, item.object_id, **({"Range": asked} if asked else {}))
     assert (answer.status, answer.complete) == (206 if asked else 200, True)
     assert item.content.read(0, size).endswith(answer.body)
+    assert len(liar.requests) == 1
+
+
+@pytest.mark.parametrize("hot_views", [1, 1000], ids=["kept", "passed on"])
+async def test_a_peer_that_sends_wrong_bytes_and_cuts_them_is_not_asked_again(
+    fleet: Fleet, hot_views: int
+) -> None:
+    """It is never the only one whose bytes are wrong: a source has sent the rest each time."""
+    liar, item = await beside_a_liar(fleet, Fault(flip_byte_at=10, cut_after=700_000), hot_views)
+    answer = await fleet.get(fleet.bases[0], item.object_id)
+    assert is_whole(answer, item) or not answer.complete
+    assert len(liar.requests) == 1
+    honest, lying = fleet.bases
+    if hot_views == 1:
+        await eventually(lambda: fleet.stored(honest, item.object_id))
+        fleet.operators[lying] = free_port()  # where nothing listens
+        await order(fleet, "purge", item.object_id)
+        await eventually(lambda: not fleet.stored(honest, item.object_id))
+    await asyncio.sleep(6)  # it ranks behind the others for four seconds, whatever it is asked for
+    assert is_whole(await fleet.get(fleet.bases[0], item.object_id), item)
     assert len(liar.requests) == 1

@@ -35,7 +35,7 @@ async def test_a_stop_while_the_port_is_being_opened_takes_effect(tmp_path: Path
         operator_state, application = api.context.operator_state, build_app(api.context, FakeAssets())
         server = SlowServer(application, ListenAddress("127.0.0.1", 0))
         controller_task = asyncio.create_task(
-            OperatorStateController(api.context, server, 0).run(asyncio.Event())
+            OperatorStateController(api.context, [server], 0).run(asyncio.Event())
         )
         async with asyncio.timeout(60):
             await server.opening.wait()

@@ -126,6 +126,14 @@ def test_a_job_of_a_release_with_one_validator_is_read(written: bytes, validator
     assert decode_job(body, attempt=1, request_id="").media_object.validators == validators
 
 
+def test_a_job_for_a_second_copy_is_one_of_a_peer_to_a_release_without_copies() -> None:
+    """Which then asks no third node to fetch the object."""
+    job = FetchJob(LISTED, "", 1.5, low_priority=True, for_peer=True, copy=True)
+    decoded = decode_job(encode_job(job), attempt=1, request_id="")
+    assert (decoded.copy, decoded.for_peer) == (True, True)
+    assert not decode_job(FULL_JOB, attempt=1, request_id="").copy
+
+
 def test_a_job_carries_neither_buckets_nor_acceptance() -> None:
     body = encode_job(FetchJob(LISTED, "", 1.5, low_priority=True))
     assert body == FULL_JOB

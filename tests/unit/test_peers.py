@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distributor_node.shared.adapters.peers import Peers
+from distributor_node.shared.adapters.peers import CopyOffers, Peers
 from distributor_node.shared.adapters.sources.connections import SourceLimits
 from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.peers import (
+    HOP,
+    HOP_COPY,
     HOP_TOLERANCE,
     FleetRules,
     HotObjects,
@@ -102,6 +107,8 @@ def test_a_heavier_node_only_gains_objects() -> None:
         (A, (A, B, C), B, PeerUse.CACHED, [(B, True)]),
         (A, (B, C, A), C, PeerUse.NONE, []),
         (A, (A,), None, PeerUse.FETCH, []),
+        (A, (B, A, C), C, PeerUse.COPY, [(B, True)]),
+        (A, (A, B, C), B, PeerUse.COPY, []),
     ],
 )
 def test_which_peers_are_asked(
@@ -206,10 +213,25 @@ def test_an_object_is_not_hot_that_is_a_small_part_of_what_is_passed_on() -> Non
 SECRET, PATH = b"the-secret-of-the-fleet", "/api/v1/assets/7"
 
 
+def signed(target: str = A, hop: str = HOP, at: float = 1000.0) -> str:
+    return sign_hop(SECRET, target, PATH, hop, at)
+
+
+def kind(value: str | None, own: str = A, hop: str = HOP, now: float = 1000.0, path: str = PATH) -> str:
+    return verify_hop(SECRET, own, path, hop, value, now)
+
+
+def former(path: str = PATH, at: int = 1000) -> str:
+    """As the release before signs."""
+    mac = hmac.new(SECRET, f"{path}\n{at}".encode(), hashlib.sha256)
+    return f"{at}:{mac.hexdigest()}"
+
+
 def test_a_signed_request_is_a_peers() -> None:
-    value = sign_hop(SECRET, PATH, 1000.9)
-    assert verify_hop(SECRET, PATH, value, 1000.0 + HOP_TOLERANCE) == "peer"
-    assert verify_hop(SECRET, PATH, value, 1000.0 - HOP_TOLERANCE) == "peer"
+    value = signed(at=1000.9)
+    assert kind(value, now=1000.0 + HOP_TOLERANCE) == "peer"
+    assert kind(value, now=1000.0 - HOP_TOLERANCE) == "peer"
+    assert kind(signed(hop=HOP_COPY), hop=HOP_COPY) == "peer"
 
 
 @pytest.mark.parametrize(
@@ -222,20 +244,40 @@ def test_a_signed_request_is_a_peers() -> None:
         (PATH, 1000.0, lambda value: value[:-1]),
         (PATH, 1000.0, lambda value: value.upper()),
         (PATH, 1000.0, lambda _: "1000:"),
+        (PATH, 1000.0, lambda _: "2:1000:"),
+        (PATH, 1000.0, lambda _: "2:١٠٠٠:é"),
         (PATH, 1000.0, lambda _: "١٠٠٠:é"),
         (PATH, 1000.0, lambda _: "9" * 5000),
         (PATH, 1000.0, lambda _: None),
     ],
 )
-def test_any_other_is_a_strangers(path: str, now: float, changed: Any) -> None:
-    assert verify_hop(SECRET, path, changed(sign_hop(SECRET, PATH, 1000.0)), now) == "stranger"
-    assert (
-        verify_hop(b"another-secret-of-a-fleet", PATH, sign_hop(SECRET, PATH, 1000.0), 1000.0) == "stranger"
-    )
+@pytest.mark.parametrize("sign", [signed, former])
+def test_any_other_is_a_strangers(
+    path: str, now: float, changed: Callable[[str], str | None], sign: Callable[[], str]
+) -> None:
+    assert kind(sign()) == "peer"
+    assert kind(changed(sign()), now=now, path=path) == "stranger"
+    assert verify_hop(b"another-secret-of-a-fleet", A, PATH, HOP, sign(), 1000.0) == "stranger"
+
+
+def test_a_request_that_is_repeated_at_another_node_is_a_strangers() -> None:
+    assert kind(signed(target=A), own=B) == "stranger"
+
+
+def test_a_request_for_an_object_cannot_be_made_an_offer() -> None:
+    assert kind(signed(), hop=HOP_COPY) == "stranger"
+    assert kind(former(), hop=HOP_COPY) == "stranger"
+
+
+def test_a_signature_cannot_be_taken_for_one_of_the_former_release() -> None:
+    """Else a request could be repeated at another node without its form."""
+    value = signed(target=A)
+    _, _, without_form = value.partition(":")
+    assert kind(without_form, own=B) == kind(without_form, own=A) == "stranger"
 
 
 def test_without_a_secret_each_request_is_a_peers() -> None:
-    assert verify_hop(None, PATH, None, 0.0) == "peer"
+    assert verify_hop(None, A, PATH, HOP, None, 0.0) == "peer"
 
 
 # What this node asks for, with a clock
@@ -296,6 +338,105 @@ def test_the_next_in_rank_acts_as_home_while_the_home_fails() -> None:
         assert peers.is_home(own_next) is peers.keeps(own_next, 10**9, 0.0) is (second == A)
         fetching = [hop.url for hop in peers.hops(own_next, PeerUse.FETCH) if not hop.only_if_cached]
         assert fetching == ([] if second == A else [f"{B}/api/v1/assets/{own_next}"])
+
+
+async def offered(
+    peers: Peers, now: list[float], sizes: dict[ObjectId, int], *steps: Callable[[CopyOffers], None]
+) -> list[tuple[str, ObjectId]]:
+    """Which offers were made, to whom, after these steps."""
+    made: list[tuple[str, ObjectId]] = []
+
+    async def offer(peer: str, object_id: ObjectId) -> bool:
+        made.append((peer, object_id))
+        return False
+
+    peers.offer = offer  # type: ignore[method-assign]
+
+    def record_of(object_id: ObjectId) -> StoredRecord | None:
+        size, content = sizes.get(object_id), ContentHash("sha256", bytes(32))
+        return None if size is None else StoredRecord(object_id, size, None, content, None, 0)
+
+    offers = CopyOffers(peers, peers._rules, record_of, clock=lambda: now[0])
+    for step in steps:
+        step(offers)
+        await offers.send()
+    return made
+
+
+async def test_the_home_offers_large_objects_from_their_second_view_on() -> None:
+    now = [0.0]
+    peers = fleet(now=now, keep_below=100, copies=2, copy_after=300.0, copy_rate=10**9)
+    peers._set_members((A, B, C))
+    large, small, first_view = homed(A, A, B, C)[:3]
+    others = homed(B, A, B, C)[:5]
+    sizes = {large: 101, small: 100, first_view: 101, **dict.fromkeys(others, 101)}
+    views = [large, small, first_view, *others]
+
+    def later(offers: CopyOffers) -> None:
+        now[0] = 300.0
+        offers.note_views([first_view, large])
+
+    made = await offered(
+        peers,
+        now,
+        sizes,
+        lambda offers: offers.note_fetch(first_view),
+        lambda offers: offers.note_views(views),
+        later,
+    )
+    second = {one: equal(A, B, C).ranked(one)[1] for one in (large, first_view)}
+    assert made == [(second[large], large), (second[first_view], first_view)]
+
+
+async def test_after_a_change_of_the_members_objects_are_offered_to_their_new_second_home() -> None:
+    now = [0.0]
+    peers = fleet(now=now, keep_below=100, copies=2, copy_rate=10**9)
+    peers._set_members((A, B, C))
+    item = next(one for one in homed(A, A, B, C) if equal(A, B, C).ranked(one)[1] == B)
+
+    def view(offers: CopyOffers) -> None:
+        offers.note_views([item])
+
+    def leave(offers: CopyOffers) -> None:
+        for _ in range(3):
+            peers._liveness[B].record_probe(False, 0.0)
+        peers._rebuild()
+        offers.note_views([item])
+
+    assert await offered(peers, now, {item: 101}, view, view, leave) == [(B, item), (C, item)]
+
+
+def test_an_offer_makes_a_node_without_copies_fetch_nothing() -> None:
+    peers = fleet(now=[0.0])
+    peers._set_members((A, B))
+    hop = peers._hop(PeerRequest(B, only_if_cached=True), homed(A, A, B)[0], HOP_COPY)
+    assert hop.headers == {"X-Distributor-Hop": "copy", "Cache-Control": "only-if-cached"}
+
+
+async def test_an_object_that_is_still_being_fetched_is_offered_with_the_next_view() -> None:
+    now = [0.0]
+    peers = fleet(now=now, keep_below=100, copies=2, copy_after=0.0, copy_rate=10**9)
+    peers._set_members((A, B, C))
+    item = homed(A, A, B, C)[0]
+    sizes: dict[ObjectId, int] = {}
+
+    def view(offers: CopyOffers) -> None:
+        offers.note_views([item])
+
+    def stored(offers: CopyOffers) -> None:
+        sizes[item] = 101
+        offers.note_views([item])
+
+    assert len(await offered(peers, now, sizes, view, stored)) == 1
+
+
+async def test_with_one_copy_nothing_is_offered() -> None:
+    now = [0.0]
+    peers = fleet(now=now, keep_below=100)
+    peers._set_members((A, B, C))
+    item = homed(A, A, B, C)[0]
+    assert not await offered(peers, now, {item: 101}, lambda offers: offers.note_views([item]))
+    assert not any(peers.is_second_home(one, 101) for one in homed(B, A, B, C))
 
 
 def test_an_id_that_stands_for_a_path_is_asked_for_by_its_path() -> None:

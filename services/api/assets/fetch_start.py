@@ -122,14 +122,24 @@ class FetchStarter:
         admission: AdmissionQuestion | None = None,
         *,
         for_peer: bool = False,
+        copy: bool = False,
     ) -> tuple[Claim | None, PendingStart]:
         """Claim the object. If the claim is won, publish its job in the background.
 
-        The claim is None if the state store is unavailable. `revalidates`, `for_peer`: see FetchJob; `admission`: see
-        StateStore.claim.
+        The claim is None if the state store is unavailable. `revalidates`, `for_peer`, `copy`: see FetchJob.
+        `admission`: see StateStore.claim.
         """
         start = PendingStart()
-        self._run(self._claim_and_publish(media_object, request_id, start, revalidates, admission, for_peer))
+        job = FetchJob(
+            media_object,
+            request_id,
+            time.time(),
+            low_priority=copy,
+            revalidates=revalidates,
+            for_peer=for_peer,
+            copy=copy,
+        )
+        self._run(self._claim_and_publish(job, start, admission))
         return await asyncio.shield(start.claim), start
 
     def refute(self, object_id: ObjectId, failure: Failure, *, verified: bool) -> None:
@@ -168,15 +178,9 @@ class FetchStarter:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _claim_and_publish(
-        self,
-        media_object: MediaObject,
-        request_id: str,
-        start: PendingStart,
-        revalidates: float | None,
-        admission: AdmissionQuestion | None,
-        for_peer: bool,
+        self, job: FetchJob, start: PendingStart, admission: AdmissionQuestion | None
     ) -> None:
-        object_id = media_object.object_id
+        object_id, request_id = job.object_id, job.request_id
         try:
             try:
                 with phase("claim") as span:
@@ -186,7 +190,7 @@ class FetchStarter:
                 return
             # Race: 1. this request sees no file; 2. a fetcher renames the complete file and commits; 3. this request
             # claims and wins. The commit follows the rename, so looking once more after the claim is enough.
-            if claim.won and revalidates is None and self._is_complete(object_id):
+            if claim.won and job.revalidates is None and self._is_complete(object_id):
                 claim = Claim(won=False, status=ObjectStatus(None, None))
                 start.claim.set_result(claim)
                 await self._update_claim(self._state.release_claim, object_id, request_id)
@@ -195,15 +199,7 @@ class FetchStarter:
             if not claim.won:
                 await self._release_if_lost(claim.status.fetch, request_id)
             else:
-                job = FetchJob(
-                    media_object,
-                    request_id,
-                    time.time(),
-                    claim=claim.serial,
-                    revalidates=revalidates,
-                    for_peer=for_peer,
-                )
-                await self._publish(job, start)
+                await self._publish(replace(job, published_at=time.time(), claim=claim.serial), start)
         finally:
             if not start.claim.done():
                 start.claim.set_result(None)

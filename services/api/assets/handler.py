@@ -36,13 +36,14 @@ from distributor_node.services.api.headers import (
     REVALIDATED,
     ResponseHead,
 )
-from distributor_node.services.api.protocol import send_processing
+from distributor_node.services.api.protocol import came_to_peer_port, send_processing
+from distributor_node.shared.adapters.peers import Peers
 from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Conditions
 from distributor_node.shared.domain.errors import StateStoreUnavailable, TooManyOpenFiles, VolumeError
 from distributor_node.shared.domain.http_caching import CacheControl
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
-from distributor_node.shared.domain.peers import HOP_AUTH_HEADER, HOP_HEADER
+from distributor_node.shared.domain.peers import HOP_AUTH_HEADER, HOP_COPY, HOP_HEADER, HopKind
 from distributor_node.shared.domain.space import AdmissionQuestion
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import ADMISSION_REJECTED, PEER_ASKED
@@ -106,10 +107,13 @@ class AssetHandler:
         except VolumeError as error:
             self._volume.report_read_error(object_id, error)
             by_proxy = True
+        hop = None if self._peers is None else _header(request, HOP_HEADER)
         if asset_request.only_if_cached:
+            if self._peers is not None and hop == HOP_COPY and not asset_request.is_head:
+                await self._miss_handler.take_copy(self._peers, object_id, response)
             raise HttpError(504, "The object is not cached", "not_cached")
-        if self._peers is not None and HOP_HEADER in request.headers:
-            response.hop = self._peers.kind_of(object_id, _header(request, HOP_AUTH_HEADER))
+        if self._peers is not None and hop is not None:
+            response.hop = sender_of(self._peers, request, object_id, hop)
             PEER_ASKED.labels(sender=response.hop).inc()
             await send_processing(request)
         try:
@@ -160,6 +164,12 @@ class AssetHandler:
         if self._revalidator is not None:
             await self._revalidator.close()
         await self._starter.close()
+
+
+def sender_of(peers: Peers, request: Request, object_id: ObjectId, hop: str) -> HopKind:
+    """Return who sent a request for this object with HOP_HEADER, whose value is `hop`."""
+    auth = _header(request, HOP_AUTH_HEADER)
+    return peers.kind_of(object_id, hop, auth, at_peer_port=came_to_peer_port(request))
 
 
 def _asset_request(request: Request) -> AssetRequest:
@@ -229,6 +239,29 @@ class MissHandler:
                 outdated = error
             await self._look_up_again(object_id, response, outdated)
         await self._pass_on(asset_request, object_id, response, outdated)
+
+    async def take_copy(self, peers: Peers, object_id: ObjectId, response: ResponseWriter) -> None:
+        """The home offers an object of which this node is to keep a second copy: have it fetched from there.
+
+        Raises HttpError if the catalog does not have it.
+        """
+        request = response.request
+        if sender_of(peers, request, object_id, HOP_COPY) != "peer" or not self._context.catalog.can_have(
+            object_id
+        ):
+            return
+        await send_processing(request)
+        media_object = await look_up(self._context, request, object_id)
+        size = media_object.size
+        if (
+            size is None
+            or media_object.content_hash is None
+            or not peers.is_second_home(object_id, size)
+            or not is_cacheable(media_object, self._context.settings.storage.largest_cached_size)
+            or self._context.operator_state.current.draining
+        ):
+            return
+        await self._starter.start(media_object, response.request_id, for_peer=True, copy=True)
 
     async def _look_up_again(
         self, object_id: ObjectId, response: ResponseWriter, outdated: OutdatedDescription
@@ -415,6 +448,8 @@ class MissHandler:
                     self._context.volume.report_read_error(media_object.object_id, error)
             await self._pending_responder.proxy(pending)
             return
+        if self._context.copy_offers is not None:
+            self._context.copy_offers.note_fetch(media_object.object_id)
         admission = admission_question(self._context.settings, media_object.size)
         # Bytes of an earlier fetch are sent at once, as those of one that is going on. After the claim, the file may be
         # that of the fetch which this request has started.

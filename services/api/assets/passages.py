@@ -584,8 +584,9 @@ def report_corruption(
     )
     if resumed:
         return  # the corrupt bytes may be those on disk
-    # With several contributors the corrupt one is unknown.
-    corrupted = object_id if len(contributors) == 1 else None
     for url in contributors:
         SOURCE_FAILURES.labels(source=source_label(url), reason="invalid_response").inc()
-        reader.report_corrupt(url, corrupted)
+        # With several contributors the corrupt one is unknown. A peer among them is not asked again: one that always
+        # cuts its answers would never be the only contributor, and the object can be had without it.
+        certain = len(contributors) == 1 or reader.is_of_peer(url)
+        reader.report_corrupt(url, object_id if certain else None)

@@ -41,6 +41,7 @@ from distributor_node.shared.waiting import cancel_and_wait
 
 MAX_DOWNLOADS, MAX_QUEUED, MAX_SOURCES, MAX_VIEWERS, MAX_PROCESSES = 40, 20, 50, 50, 100
 """What one snapshot lists at most; MAX_VIEWERS for each download."""
+MAX_PEERS = 64
 MAX_REMOVED_SHOWN, MAX_REMOVED_KNOWN = 12, 5000
 CHECK_INTERVAL = 5.0
 """Seconds between two checks of what the node depends on, while a page is open."""
@@ -69,7 +70,7 @@ class Feed:
         self._removed = OrderedDict[str, RemovedObject]()  # by object, the last removed at the end
         self._problems = ProblemTimes()
         self._downloads = DownloadProgress()
-        self._source_rates = GrowthRates()
+        self._source_rates, self._peer_rates = GrowthRates(), GrowthRates()
         self._checked_at = float("-inf")  # monotonic seconds
         self._checked: Mapping[str, str | None] = {}
         self._checking: asyncio.Task[None] | None = None
@@ -136,6 +137,7 @@ class Feed:
             "volume": await self._volume(by_phase, partial),
             **self._downloads_as_json(fetches, partial, now),
             "sources": self._sources(now),
+            "fleet": self._fleet(now),
             "components": self._components(store_replies, now),
             "processes": [self._process(process, now) for process in self._processes[:MAX_PROCESSES]],
         }
@@ -272,7 +274,8 @@ class Feed:
         """The sources by rank, as this process knows them, with what all processes have counted since they started."""
         registry, counted = self._context.failover_reader.health, self._counted_of_sources()
         moment = registry.clock()
-        health = {name: registry.health_of(name) for name in {*registry.names(), *counted}}
+        names = {*registry.names(), *counted} - {source_name(peer) for peer in self._known_peers}
+        health = {name: registry.health_of(name) for name in names}
         ordered = sorted(health, key=lambda name: (rank(health[name], moment), name))
         self._source_rates.keep(set(counted))
         return [
@@ -290,6 +293,44 @@ class Feed:
             }
             for place, name in enumerate(ordered[:MAX_SOURCES], start=1)
         ]
+
+    @property
+    def _known_peers(self) -> frozenset[str]:
+        peers = self._context.peers
+        return frozenset() if peers is None else peers.known
+
+    def _fleet(self, now: float) -> dict[str, Any] | None:
+        """The nodes that share the objects, as this process sees them, and what all processes have got from each.
+
+        None: this node is in no fleet.
+        """
+        peers = self._context.peers
+        if peers is None:
+            return None
+        received: dict[str, float] = {}
+        for process in self._processes:
+            for name, count in process.content.counted.peers.items():
+                received[name] = received.get(name, 0) + count
+        shares, nodes = peers.shares, sorted({peers.own, *peers.known})
+        self._peer_rates.keep({source_name(name) for name in nodes})
+        return {
+            "copies": self._context.settings.peers.copies,
+            "nodes": [
+                {
+                    "name": source_name(name),
+                    "own": name == peers.own,
+                    "alive": name in shares,
+                    "weight": peers.weight_of(name),
+                    "share": round(shares.get(name, 0.0), 4),
+                    "bytes": received.get(source_name(name), 0),
+                    "rate": self._peer_rates.observe(
+                        source_name(name), received.get(source_name(name), 0), now
+                    ),
+                }
+                for name in nodes[:MAX_PEERS]
+            ],
+            "moreNodes": max(0, len(nodes) - MAX_PEERS),
+        }
 
     def _counted_of_sources(self) -> dict[str, dict[str, Any]]:
         total: dict[str, dict[str, Any]] = {}

@@ -275,6 +275,35 @@ function sources(list) {
     })));
 }
 
+// The fleet: which node is the home of how many objects, and what came from each
+
+/** One arc for each node alive, as long as its share of the objects. */
+function ring(nodes) {
+  const radius = 44, around = 2 * Math.PI * radius, gap = nodes.length > 1 ? 2 : 0;
+  let before = 0;
+  const arcs = nodes.map((one, place) => {
+    const length = Math.max(1, around * one.share - gap);
+    const arc = drawing("circle", { class: one.own ? "arc own" : `arc arc-${place % 3}`, cx: 60, cy: 60, r: radius,
+      "stroke-dasharray": `${length} ${around - length}`, "stroke-dashoffset": -around * before, transform: "rotate(-90 60 60)" });
+    before += one.share;
+    return arc;
+  });
+  return drawing("svg", { class: "ring", viewBox: "0 0 120 120", role: "img",
+    "aria-label": `Shares of the objects: ${nodes.map((one) => `${one.name} ${percentOf(one.share)}`).join(", ")}` }, ...arcs);
+}
+const percentOf = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+
+function fleet(found) {
+  const alive = found.nodes.filter((one) => one.alive), head = (words, kind = "") => make("th", { scope: "col", class: kind }, words);
+  return make("div", { class: "fleet" }, ring(alive), make("table", { class: "table" },
+    make("caption", { class: "hidden" }, "The nodes of the fleet, as this node sees them"),
+    make("thead", {}, make("tr", {}, head("Node"), head("State"), head("Weight", "number"), head("Home of", "number"), head("Received from it", "number"))),
+    make("tbody", {}, found.nodes.map((one) => make("tr", {},
+      make("th", { scope: "row", class: "mono" }, one.name), make("td", { class: one.alive ? "good" : "bad" }, one.own ? "this node" : one.alive ? "alive" : "not alive"),
+      make("td", { class: "number" }, String(one.weight)), make("td", { class: "number" }, one.alive ? percentOf(one.share) : "nothing"),
+      make("td", { class: "number" }, one.own ? "" : one.rate ? `${bytes(one.bytes)} at ${rate(one.rate)}` : bytes(one.bytes)))))));
+}
+
 // The last hour
 
 const WIDTH = 360, HEIGHT = 100;
@@ -372,6 +401,12 @@ function update(snapshot) {
   downloads(snapshot.downloads);
   queue(snapshot.queue);
   show("sources", snapshot.sources, () => sources(snapshot.sources));
+  at("fleet-card").hidden = !snapshot.fleet;
+  if (snapshot.fleet) {
+    const { nodes, moreNodes, copies } = snapshot.fleet, alive = nodes.filter((one) => one.alive).length;
+    at("fleet-words").textContent = `${alive} of ${plural(nodes.length, "node")} alive${moreNodes ? `, ${number(moreNodes)} more` : ""}; ${plural(copies, "copy", "copies")} of a large object`;
+    show("fleet", snapshot.fleet, () => fleet(snapshot.fleet));
+  }
   const wrong = [...snapshot.components, ...snapshot.processes].filter((one) => !one.ok);
   announce(wrong.map((one) => `${one.kind ?? ""} ${one.name}: ${one.words}`.trim()).join("; "));
   connection(wrong.length ? plural(wrong.length, "problem") : "everything works", wrong.length === 0);

@@ -24,6 +24,7 @@ from distributor_node.services.api.assets.response import (
 from distributor_node.services.api.fast_path.handler import FastPath, PreparedResponse
 from distributor_node.services.api.fast_path.object_cache import BLOCKED_SECONDS, CachedObject
 from distributor_node.services.api.protocol import ApiHttp, PublicProtocol, peer_of
+from distributor_node.shared.domain.peers import HOP_HEADER
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 
 _MAX_BUFFERED = 64 * 1024
@@ -249,6 +250,20 @@ class FastPathProtocol(PublicProtocol):
 
     def _is_idle(self) -> bool:
         return self._transfer is None and super()._is_idle()
+
+
+_HOP = f"\n{HOP_HEADER}:".lower().encode()
+
+
+class PeerProtocol(FastPathProtocol):
+    """A connection to the port for the other nodes of the fleet. Other requests than theirs are left to Sanic, which
+    refuses them."""
+
+    __slots__ = ()
+    for_peers = True
+
+    def _respond(self, data: bytes) -> bool:
+        return _HOP in data.lower() and super()._respond(data)
 
 
 # Bodies that do not fit into the socket at once, or are not in memory: sent by sendfile at the client's pace.

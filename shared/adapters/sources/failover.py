@@ -116,6 +116,8 @@ class FailoverReader:
         ranked = self._health.best_first(sources, media_object.object_id)
         if preference.last is not None:
             ranked = tuple(sorted(ranked, key=preference.last))
+        if preference.peers is PeerUse.COPY:
+            ranked = ()
         hops: Mapping[str, Hop] = {}
         if self._peers is not None:
             hops = self._hops(self._peers, media_object.object_id, preference.peers)
@@ -164,6 +166,10 @@ class FailoverReader:
     async def ask(self, url: str, headers: Mapping[str, str]) -> SourceAnswer:
         """Return what one source answers to a GET with these headers, without a body. Raises SourceError."""
         return await self._client.ask(url, headers)
+
+    def is_of_peer(self, url: str) -> bool:
+        """Whether the URL is of a peer's copy, and not of a source's."""
+        return self._peers is not None and self._peers.has(url)
 
     def report_corrupt(self, url: str, object_id: ObjectId | None) -> None:
         """Record that the source sent corrupt bytes: it ranks behind the others for a while.
