@@ -337,9 +337,9 @@ class Passages:
             if not self._make_room(_room_of(end - first)):
                 return None
             work = self._read(key, media_object, sources)
-            reading = _Reading(end - first, asyncio.create_task(work, name="passage"))
-            reading.task.add_done_callback(lambda _, ended=reading: ended.notify())
-            self._readings[key] = reading
+            begun = _Reading(end - first, asyncio.create_task(work, name="passage"))
+            begun.task.add_done_callback(lambda _: begun.notify())
+            reading = self._readings[key] = begun
         try:
             return await self._result(reading, pass_on)
         except _NoRoom:
