@@ -13,6 +13,7 @@ from benchmarks.traces import FAMILIES, Trace
 from distributor_node.services.replay.comparison import OTHER_POLICIES, Arc, S3Fifo, Sieve, TinyLfu
 from distributor_node.services.replay.scenarios import Setting
 from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
+from distributor_node.shared.domain.eviction.simulator import Rules, Simulation
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 
@@ -112,6 +113,18 @@ def test_a_family_is_what_its_parameters_say(family: str) -> None:
     ]
     if parameters.holds is not None:
         assert len(popular[0] & popular[1]) < 5, "other objects are popular a week later"
+
+
+@pytest.mark.parametrize(("family", "falls"), [("mixed", False), ("images, flood", True)])
+def test_the_factor_of_c0_is_as_low_as_the_object_hit_ratio_allows(family: str, falls: bool) -> None:
+    """The classic form is ahead in objects where sizes differ much, and behind where many are viewed once."""
+    trace = Trace(replace(FAMILIES[family], views=30_000))
+    rules, setting = Rules.of(trace.footprint // 20, 0.99, 1.0), Setting("gdsf", second_view_above="auto")
+    policy = setting.make_policy(rules.limit)
+    simulation = Simulation(policy, rules, setting.admission(rules))
+    for request in trace.views():
+        simulation.process(request)
+    assert policy.basis.cost_factor < 5 if falls else policy.basis.cost_factor > 28
 
 
 def test_the_nodes_policy_is_near_the_best_in_both_columns() -> None:

@@ -179,6 +179,7 @@ def test_the_weights_of_views_move_as_in_the_textbook(holds: int) -> None:
     weights = policy.basis.exponent, policy.basis.first_weight
     assert weights == (textbook.exponent, textbook.first)
     assert policy.basis.miss_cost == textbook.miss_cost
+    assert policy.basis.cost_factor == textbook.factor != 28.0
     assert (weights[0] < 0.8) == (holds == 200), "where popularity moves, many views are worth less"
 
 

@@ -163,7 +163,7 @@ class TextbookGdsf(Textbook):
         self.compared += 1
         if self.compared % 1000 == 0:
             step = max(-0.1, min(0.1, 20 * (self.ahead / self.counted - 0.003)))
-            self.factor = max(1.5, min(60.0, self.factor * math.exp(step)))
+            self.factor = max(1.5, min(50.0, self.factor * math.exp(step)))
             self.counted, self.ahead = 0.9 * self.counted, 0.9 * self.ahead
             self.move_cost()
 
@@ -200,7 +200,8 @@ class TextbookGdsf(Textbook):
         if self.gone[2] > 5 and self.gone[3] > 5:
             self.exponent = max(0.2, min(1.0, self.exponent + steps[3]))
         if self.gone[2] > 5 and self.gone[1] > 5:
-            self.first = max(0.2, min(0.5, self.first * math.exp(steps[1])))
+            least = 0.1 * (1 + min(1.0, self.factor / 28))
+            self.first = max(least, min(0.5, self.first * math.exp(steps[1])))
         for views in (1, 2, 3):
             self.gone[views] = self.gone[views] / 2 + 0.1
             self.back[views] = self.back[views] / 2 + 0.01

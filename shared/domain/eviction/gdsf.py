@@ -121,9 +121,11 @@ class Gdsf(PackedPolicy):
         self.inflation, self._miss_cost = self._stored.inflation, self._stored.miss_cost
         self._views, self._viewed_bytes = basis.views, basis.viewed_bytes
         self._evicted = EvictedViews()
-        self._weights = ViewWeights(basis.exponent, basis.first_weight)
         self._factor = bounded_factor(basis.cost_factor)
-        self._search = CostFactor(self._factor, partial(_sizes_in, self._records)) if self._cost == AUTO_COST else None
+        self._weights = ViewWeights(basis.exponent, basis.first_weight)
+        self._search = (
+            CostFactor(self._factor, partial(_sizes_in, self._records)) if self._cost == AUTO_COST else None
+        )
 
     @property
     def basis(self) -> PriorityBasis:
@@ -229,7 +231,7 @@ class Gdsf(PackedPolicy):
         self.inflation = max(self.inflation, self._records.priorities[slot])
         views, residents = self._records.frequencies[slot], len(self._records.slots)
         self._evicted.put(ObjectId(self._records.ids[slot]), views, residents)
-        if self._weights.count_eviction(views, residents):
+        if self._weights.count_eviction(views, residents, self._factor):
             self._move_cost()
 
 
@@ -238,7 +240,7 @@ def _sizes_in(records: PackedRecords) -> Iterable[tuple[str, int]]:
 
 
 _LEAST_EXPONENT, _MOST_EXPONENT = 0.2, 1.0
-_LEAST_FIRST, _MOST_FIRST = 0.2, 0.5
+_LEAST_FIRST, _MOST_FIRST = 0.1, 0.5
 _STEP = 0.2
 _FEWEST_SEEN = 5
 
@@ -251,7 +253,8 @@ class ViewWeights:
     back more seldom than those with two, views count too much: `exponent` falls, else it rises. If those with one view
     come back more seldom, `first` falls, else it rises. Both move once for every 500 victims, or for as many as a
     quarter of the objects in the cache: a victim needs time to come back. Shares are of the victims counted lately,
-    with half of their weight for each move since.
+    with half of their weight for each move since. The higher the factor of c0, the less `first` may fall (0.1 to 0.2):
+    where too few objects are hits, new ones need a chance.
     """
 
     def __init__(self, exponent: float, first: float) -> None:
@@ -270,8 +273,9 @@ class ViewWeights:
         """A victim that had these views is stored again."""
         self._returned[min(views, 3) - 1] += 1
 
-    def count_eviction(self, views: int, residents: int) -> bool:
-        """A victim has these views. True if the weights may have moved. `residents`: objects in the cache."""
+    def count_eviction(self, views: int, residents: int, cost_factor: float) -> bool:
+        """A victim has these views. True if the weights may have moved. `residents`: objects in the cache;
+        `cost_factor`: as it is now."""
         self._evicted[min(views, 3) - 1] += 1
         self._until_move -= 1
         if self._until_move > 0:
@@ -284,7 +288,8 @@ class ViewWeights:
                 self.exponent = min(max(moved, _LEAST_EXPONENT), _MOST_EXPONENT)
             if one > _FEWEST_SEEN:
                 moved = self.first * math.exp(_STEP * self._log_odds(0))
-                self.first = min(max(moved, _LEAST_FIRST), _MOST_FIRST)
+                least = _LEAST_FIRST * (1 + min(1.0, cost_factor / FIRST_COST_FACTOR))
+                self.first = min(max(moved, least), _MOST_FIRST)
         self._evicted = [count / 2 + 0.1 for count in self._evicted]
         self._returned = [count / 2 + 0.01 for count in self._returned]
         return True
@@ -295,7 +300,7 @@ class ViewWeights:
         return min(max(math.log(share / other), -1.0), 1.0)
 
 
-_LEAST_FACTOR, _MOST_FACTOR = 1.5, 60.0
+_LEAST_FACTOR, _MOST_FACTOR = 1.5, 50.0
 _ALLOWED_LOSS = 0.003
 _COMPARED_VIEWS = 1000
 _GAIN, _LARGEST_STEP = 20.0, 0.1
@@ -379,7 +384,7 @@ class ClassicMiniature:
         self._resample()
 
     def view(self, object_id: ObjectId, size: int, views: int) -> bool | None:
-        """Whether the object is here; stores it if not. None: it is not in the sample, or nothing was evicted so far."""
+        """Whether the object is here; stores it if not. None: it is not in the sample, or nothing was evicted yet."""
         if not self._is_sampled(object_id):
             return None
         known = self._held.get(object_id)
