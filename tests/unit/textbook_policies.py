@@ -124,9 +124,9 @@ class TextbookGdsf(Textbook):
         return self.worth_of(entry.frequency, entry.size)
 
     def worth_of(self, views: float, size: int) -> float:
-        counted = views**self.exponent
+        counted = math.pow(views, self.exponent)
         if views < 2:
-            counted = self.first + (views - 1) * (2**self.exponent - self.first)
+            counted = self.first + (views - 1) * (math.pow(2, self.exponent) - self.first)
         size = max(1, size)
         return counted * 2**20 * (self.miss_cost + size) / (size * max(1.0, self.miss_cost))
 

@@ -266,8 +266,8 @@ class ViewWeights:
     def of(self, views: float) -> float:
         """w(views). Between one view and two it is on the straight line."""
         if views >= 2:
-            return views**self.exponent
-        return self.first + (views - 1) * (2**self.exponent - self.first)
+            return math.pow(views, self.exponent)
+        return self.first + (views - 1) * (math.pow(2, self.exponent) - self.first)
 
     def count_return(self, views: int) -> None:
         """A victim that had these views is stored again."""
