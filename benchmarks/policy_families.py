@@ -100,14 +100,20 @@ def summary(cells: Sequence[Cell]) -> list[str]:
     worst = max(cell.behind_former for cell in cells)
     behind = sum(cell.behind_former > WITHIN_FORMER for cell in cells)
     return [
-        f"{_verdict(within >= SHARE_WITHIN * len(cells))}: {within} of {len(cells)} cells ({within / len(cells):.0%})"
-        f" are within {WITHIN_OBJECTS:.0%} of the best in objects and {WITHIN_BYTES:.0%} in bytes (goal: at least"
-        f" {SHARE_WITHIN:.0%}).",
-        f"{_verdict(object_gap <= MEAN_OBJECT_GAP)}: mean gap in objects {object_gap:.4f} (goal: at most"
-        f" {MEAN_OBJECT_GAP}).",
+        (
+            f"{_verdict(within >= SHARE_WITHIN * len(cells))}: {within} of {len(cells)} cells ({within / len(cells):.0%})"
+            f" are within {WITHIN_OBJECTS:.0%} of the best in objects and {WITHIN_BYTES:.0%} in bytes (goal: at least"
+            f" {SHARE_WITHIN:.0%})."
+        ),
+        (
+            f"{_verdict(object_gap <= MEAN_OBJECT_GAP)}: mean gap in objects {object_gap:.4f} (goal: at most"
+            f" {MEAN_OBJECT_GAP})."
+        ),
         f"{_verdict(byte_gap <= MEAN_BYTE_GAP)}: mean gap in bytes {byte_gap:.4f} (goal: at most {MEAN_BYTE_GAP}).",
-        f"{_verdict(not behind)}: {behind} cells are behind c0 = 64 MiB in objects by more than {WITHIN_FORMER}"
-        f" (goal: none), most {worst:+.4f}.",
+        (
+            f"{_verdict(not behind)}: {behind} cells are behind c0 = 64 MiB in objects by more than {WITHIN_FORMER}"
+            f" (goal: none), most {worst:+.4f}."
+        ),
     ]
 
 

@@ -177,7 +177,7 @@ class Gdsf(PackedPolicy):
         self._heap.push(slot)
         if self._search is not None:
             self._search.classic.count_resident(object_id, size)
-            if begins_view:
+            if begins_view and self._search.classic.samples(object_id):
                 self._find_factor(self._search, object_id, size, 1, hit=False)
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
@@ -193,7 +193,7 @@ class Gdsf(PackedPolicy):
         above = priority_above_inflation(size, self._weights.of(frequency), self._miss_cost)
         priority = self.inflation + above
         records.priorities[slot] = max(records.priorities[slot], priority)
-        if views and self._search is not None:
+        if views and self._search is not None and self._search.classic.samples(object_id):
             self._find_factor(self._search, object_id, size, views, hit=True)
 
     def _find_factor(
@@ -328,7 +328,8 @@ class CostFactor:
         self._until_move = _COMPARED_VIEWS
 
     def count_view(self, object_id: ObjectId, size: int, views: int, *, hit: bool) -> bool:
-        """A view, or several reported together. `hit`: the object was in the cache. True if the factor has moved."""
+        """A view of an object in the sample, or several reported together. `hit`: it was in the cache. True if the
+        factor has moved."""
         classic_hit = self.classic.view(object_id, size, views)
         if classic_hit is None:
             return False
@@ -374,7 +375,7 @@ class ClassicMiniature:
 
     def count_resident(self, object_id: str, size: int, *, here: bool = True) -> None:
         """An object of this size has come into the cache, or is no more `here`."""
-        if self._is_sampled(object_id):
+        if self.samples(object_id):
             self._room += footprint(size) if here else -footprint(size)
 
     def sample_for(self, residents: int) -> None:
@@ -384,9 +385,7 @@ class ClassicMiniature:
         self._resample()
 
     def view(self, object_id: ObjectId, size: int, views: int) -> bool | None:
-        """Whether the object is here; stores it if not. None: it is not in the sample, or nothing was evicted yet."""
-        if not self._is_sampled(object_id):
-            return None
+        """Whether an object of the sample is here; stores it if not. None: nothing was evicted yet."""
         known = self._held.get(object_id)
         if known is None:
             self._store(object_id, size, views)
@@ -396,7 +395,8 @@ class ClassicMiniature:
             self._held[object_id] = max(before, self._inflation + counted / max(1, size)), counted, taken
         return known is not None if self._full else None
 
-    def _is_sampled(self, object_id: str) -> bool:
+    def samples(self, object_id: str) -> bool:
+        """Whether the object is in the sample."""
         sampled = self.sampled
         return sampled == _ALL_HASHES or crc32(object_id.encode()) * _SPREAD & 0xFFFFFFFF < sampled
 
@@ -427,8 +427,8 @@ class ClassicMiniature:
         self._inflation, self._full = max(self._inflation, priority), True
 
     def _resample(self) -> None:
-        self._room = sum(footprint(size) for object_id, size in self._sizes() if self._is_sampled(object_id))
-        self._held = {held: fields for held, fields in self._held.items() if self._is_sampled(held)}
+        self._room = sum(footprint(size) for object_id, size in self._sizes() if self.samples(object_id))
+        self._held = {held: fields for held, fields in self._held.items() if self.samples(held)}
         self._bytes = sum(taken for _, _, taken in self._held.values())
         self._order = [(priority, held) for held, (priority, _, _) in self._held.items()]
         heapq.heapify(self._order)
