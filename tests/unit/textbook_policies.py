@@ -98,7 +98,7 @@ class TextbookGdsf(Textbook):
     fixed: float | None = None
     multiple: float | None = None
     factor: float = 28.0
-    miss_cost: float = 28.0 * 64.0 * 1024**2 / 20
+    miss_cost: float = 28.0 * (64.0 * 1024**2 / 20)
     views: float = 0.0
     viewed_bytes: float = 0.0
     exponent: float = 1.0
