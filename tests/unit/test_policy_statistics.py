@@ -249,8 +249,8 @@ def test_the_miniature_holds_a_sample_in_as_many_bytes_as_that_has_in_the_cache(
     assert classic.sampled == 2**32 // 16
     sampled = len(classic)
     assert sampled == sum(map(classic.samples, residents)) >= 40
-    for name in list(residents)[:500]:
-        classic.count_resident(name, residents.pop(name), here=False)
+    for gone in list(residents)[:500]:
+        classic.count_resident(gone, residents.pop(gone), here=False)
     newcomers = [ObjectId(f"new{number}") for number in range(2000)]
     answers = [classic.view(name, 1000, 1) for name in newcomers if classic.samples(name)]
     assert answers.count(False) > 50, (
