@@ -101,9 +101,9 @@ def summary(cells: Sequence[Cell]) -> list[str]:
     behind = sum(cell.behind_former > WITHIN_FORMER for cell in cells)
     return [
         (
-            f"{_verdict(within >= SHARE_WITHIN * len(cells))}: {within} of {len(cells)} cells ({within / len(cells):.0%})"
-            f" are within {WITHIN_OBJECTS:.0%} of the best in objects and {WITHIN_BYTES:.0%} in bytes (goal: at least"
-            f" {SHARE_WITHIN:.0%})."
+            f"{_verdict(within >= SHARE_WITHIN * len(cells))}: {within} of {len(cells)} cells"
+            f" ({within / len(cells):.0%}) are within {WITHIN_OBJECTS:.0%} of the best in objects and"
+            f" {WITHIN_BYTES:.0%} in bytes (goal: at least {SHARE_WITHIN:.0%})."
         ),
         (
             f"{_verdict(object_gap <= MEAN_OBJECT_GAP)}: mean gap in objects {object_gap:.4f} (goal: at most"
