@@ -108,7 +108,7 @@ class EvictionIndex:
             self._former_basis, self._translated = None, False
             current = self.policy.basis
             if (
-                current.policy == Gdsf.name
+                current.policy == Gdsf.mark
                 and len(self.policy)
                 and ((basis.policy, basis.miss_cost) != (current.policy, current.miss_cost))
             ):

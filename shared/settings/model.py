@@ -350,7 +350,8 @@ class EvictorSettings(SettingsGroup):
     last access alone. It may be changed at a restart. See docs/eviction.md."""
     cost_per_miss: MissCostSetting = AUTO_COST
     """For `gdsf`: cost of a miss besides its bytes: a multiple of the mean bytes of a view, such as `30x`, or bytes,
-    such as `64M`. `auto` is `20x`. A higher value keeps small objects, a lower one large."""
+    such as `64M`. A higher value keeps small objects, a lower one large. `auto`: as low a multiple (1.5 to 50) as
+    keeps the object hit ratio within 0.3 points of that of classic GDSF, which runs beside it in miniature."""
     min_idle: float = Field(default=120.0, ge=1, le=24 * 3600)
     """Seconds since the last access (or the fetch) of an object before it may be evicted to make room."""
     leadership: Seconds = 10.0

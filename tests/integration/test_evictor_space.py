@@ -505,7 +505,7 @@ async def test_one_event_per_pass_says_what_was_evicted_and_why(harness: Evictor
         assert victim["reason"] == "high_watermark"
         assert (victim["views"], victim["inflation"]) == (1, 0.0)
         assert victim["priority"] == pytest.approx(
-            NO_BASIS.first_weight * (64 * 1024**2 + victim["size"]) / victim["size"]
+            NO_BASIS.first_weight * 2**20 * (1 / victim["size"] + 1 / (64 * 2**20)), abs=1e-6
         )
     assert largest[0]["idle_seconds"] == pytest.approx(40_000, abs=60)
     assert largest[0]["size"] == large

@@ -25,7 +25,7 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
 )
 from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
-from distributor_node.shared.domain.eviction import PriorityBasis
+from distributor_node.shared.domain.eviction import Gdsf, PriorityBasis
 from distributor_node.shared.domain.formats import FORMAT
 from distributor_node.shared.domain.objects import Assignment, ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
@@ -255,7 +255,7 @@ async def test_the_policys_state_of_the_version_before_is_read_and_what_it_wrote
     assert await store.load_policy_state() == PolicyState(PriorityBasis(17.25), "5-0")
     term = await store.lead("test", 60)
     assert term is not None
-    written = PolicyState(PriorityBasis(18.1, "gdsf", 20_000.5, 3.0, 3000.1, 0.75, 0.3), "6-0")
+    written = PolicyState(PriorityBasis(18.1, Gdsf.mark, 20_000.5, 3.0, 3000.1, 0.75, 0.3, 7.5), "6-0")
     await store.save_policy(term, [], written)
     assert await store.load_policy_state() == written
     assert (await server.hmget(policy, "inflation", "position")) == [b"18.1", b"6-0"], (
@@ -263,7 +263,7 @@ async def test_the_policys_state_of_the_version_before_is_read_and_what_it_wrote
     )
     await server.hset(policy, mapping={"inflation": "18.1", "position": "7-0"})
     assert await store.load_policy_state() == PolicyState(
-        PriorityBasis(18.1, "", 0.0, 3.0, 3000.1, 0.75, 0.3), "7-0"
+        PriorityBasis(18.1, "", 0.0, 3.0, 3000.1, 0.75, 0.3, 7.5), "7-0"
     )
     without_weights = (
         '{"policy": "gdsf", "miss_cost": 2.5, "views": 3, "viewed_bytes": 9, "written_with": [18.1, "7-0"]}'
@@ -324,7 +324,7 @@ async def test_a_directory_and_a_redis_of_the_version_before_are_taken_over_with
     async with evictor_harness(tmp_path, (redis_url, redis_prefix)) as harness:
 
         async def saved() -> bool:
-            return (await harness.state.load_policy_state()).basis.policy == "gdsf"
+            return (await harness.state.load_policy_state()).basis.policy == Gdsf.mark
 
         with capture_logs() as logs:
             async with harness.evictor():
@@ -346,8 +346,8 @@ async def test_a_directory_and_a_redis_of_the_version_before_are_taken_over_with
         order = sorted(taken_over, key=lambda name: (taken_over[name].priority, taken_over[name].last_access))
         assert order[: KEPT - 1] == former_order[1:], "and the one that was viewed since goes last"
         basis = (await harness.state.load_policy_state()).basis
-        assert basis.miss_cost == pytest.approx(20 * KEPT_SIZE)
-        assert basis.inflation == pytest.approx(FORMER_L * 20 * KEPT_SIZE / FORMER_COST)
+        assert basis.miss_cost == pytest.approx(28 * KEPT_SIZE)
+        assert basis.inflation == pytest.approx(FORMER_L * 2**20 / FORMER_COST)
         with capture_logs() as logs:
             async with harness.evictor():
                 await eventually(harness.reconciled)

@@ -86,7 +86,7 @@ async def test_fields_of_a_stored_object(harness: EvictorHarness) -> None:
         "views": 1,
         "lastAccess": pytest.approx(time.time() - 600, abs=30),
         "policy": "gdsf",
-        "priority": pytest.approx(NO_BASIS.first_weight * (20 * SIZE + SIZE) / SIZE),
+        "priority": pytest.approx(NO_BASIS.first_weight * 2**20 * (1 / SIZE + 1 / (28 * SIZE))),
         "inflation": 0.0,
         "bytesBefore": 0,
         "objectsBefore": 0,

@@ -19,10 +19,10 @@ MIB = 1024**2
 POLICIES: dict[str, tuple[Callable[[], EvictionPolicy], Callable[[], Textbook]]] = {
     "lru": (Lru, TextbookLru),
     "lru-sp": (LruSp, TextbookLruSp),
-    "gdsf": (Gdsf, partial(TextbookGdsf, factor=20.0)),
-    "gdsf, 30x": (partial(Gdsf, MissCost(30.0)), partial(TextbookGdsf, miss_cost=96.0 * MIB, factor=30.0)),
-    "gdsf, bytes count": (partial(Gdsf, MissCost(fixed=0)), partial(TextbookGdsf, miss_cost=0.0)),
-    "gdsf, misses count": (partial(Gdsf, MissCost(fixed=2**60)), partial(TextbookGdsf, miss_cost=2.0**60)),
+    "gdsf": (Gdsf, TextbookGdsf),
+    "gdsf, 30x": (partial(Gdsf, MissCost(30.0)), partial(TextbookGdsf, miss_cost=96.0 * MIB, multiple=30.0)),
+    "gdsf, bytes count": (partial(Gdsf, MissCost(fixed=0)), partial(TextbookGdsf, fixed=0.0)),
+    "gdsf, misses count": (partial(Gdsf, MissCost(fixed=2**60)), partial(TextbookGdsf, fixed=2.0**60)),
 }
 
 # Few ids, sizes and times: ties, replaced entries and late reports are what goes wrong.
@@ -163,7 +163,7 @@ def test_same_victims_among_hundreds(name: str, seed: int) -> None:
 @pytest.mark.parametrize("holds", [200, 100_000])
 def test_the_weights_of_views_move_as_in_the_textbook(holds: int) -> None:
     """`holds`: for so many requests an object is as popular as it is."""
-    policy, textbook, random, now = Gdsf(), TextbookGdsf(factor=20.0), Random(3), 1_700_000_000.0
+    policy, textbook, random, now = Gdsf(), TextbookGdsf(), Random(3), 1_700_000_000.0
     for number in range(12_000):
         now += 1.0
         rank = int(random.paretovariate(0.7)) + number // holds * 37
@@ -179,6 +179,7 @@ def test_the_weights_of_views_move_as_in_the_textbook(holds: int) -> None:
     weights = policy.basis.exponent, policy.basis.first_weight
     assert weights == (textbook.exponent, textbook.first)
     assert policy.basis.miss_cost == textbook.miss_cost
+    assert policy.basis.cost_factor == textbook.factor != 28.0
     assert (weights[0] < 0.8) == (holds == 200), "where popularity moves, many views are worth less"
 
 
@@ -208,6 +209,7 @@ def restored_textbook(textbook: Textbook) -> Textbook:
     if isinstance(textbook, TextbookGdsf):
         unknown = TextbookGdsf()
         return replace(
-            textbook, cells=256, evicted={}, victims_seen=0, move_at=500, gone=unknown.gone, back=unknown.back
-        )
+            textbook, cells=256, evicted={}, victims_seen=0, move_at=500, gone=unknown.gone, back=unknown.back,
+            classic=unknown.classic, compared=0, counted=0.0, ahead=0.0,
+        )  # fmt: skip
     return textbook

@@ -16,7 +16,7 @@ from distributor_node.shared.domain.eviction import (
     PriorityBasis,
     make_policy,
 )
-from distributor_node.shared.domain.eviction.gdsf import EvictedViews
+from distributor_node.shared.domain.eviction.gdsf import ClassicMiniature, EvictedViews
 from distributor_node.shared.domain.eviction.lru_sp import cost_of, group_of
 from distributor_node.shared.domain.objects import ObjectId
 
@@ -102,7 +102,7 @@ def test_a_change_of_policy_keeps_every_object(former: str, latter: str) -> None
     assert sorted(order(new)) == ["thumbnail", "video"]
 
 
-SMALL = 2**10  # bytes; with a c0 of 2^20 one view is worth 1025
+SMALL = 2**10  # bytes; with a c0 of 2^20 one view is worth 1025, in views per MiB and in units of before
 FORMER = PriorityBasis(inflation=64_000.0)  # as versions wrote it that had c0 = 64 MiB and w(1) = 1
 
 
@@ -132,37 +132,41 @@ def test_an_earlier_version_with_a_cost_of_its_own_is_translated_by_that_cost() 
 
 
 @pytest.mark.parametrize("cost", [MissCost(factor=20), MissCost(factor=30), MissCost(fixed=2**22)])
-def test_a_change_of_cost_scales_what_came_from_inflation(cost: MissCost) -> None:
-    basis = PriorityBasis(640.0, "gdsf", 20 * 1024.0, views=10.0, viewed_bytes=10_240.0)
+@pytest.mark.parametrize("policy", ["gdsf", Gdsf.mark])
+def test_after_a_change_of_cost_what_came_from_inflation_is_kept(cost: MissCost, policy: str) -> None:
+    """By the version before, priorities were so many times views per MiB."""
+    unit = 20 * 1024 / MIB if policy == "gdsf" else 1.0
+    basis = PriorityBasis(640.0 * unit, policy, 20 * 1024.0, views=10.0, viewed_bytes=10_240.0)
+    stored = unit * (64.0 + 2 * MIB * (1 / SMALL + 1 / (20 * 1024)))
     now = cost.by_mean(1024.0)
-    expected = 64.0 * now / (20 * 1024) + 2 * (now + SMALL) / SMALL
-    assert translated(basis, cost, 64.0 + 2 * 21.0) == pytest.approx(expected)
+    assert translated(basis, cost, stored) == pytest.approx(64.0 + 2 * MIB * (1 / SMALL + 1 / now))
 
 
 def test_priorities_given_while_c0_was_higher_are_taken_as_they_are() -> None:
-    basis = PriorityBasis(1.0, "gdsf", 20 * 1024.0, views=10.0, viewed_bytes=10_240.0)
+    basis = PriorityBasis(1.0, Gdsf.mark, 28 * 1024.0, views=10.0, viewed_bytes=10_240.0)
     assert translated(basis, MissCost(), 5_000.0) == 5_000.0
 
 
 def test_c0_follows_the_mean_of_the_views_and_lowers_no_priority() -> None:
     policy = Gdsf()
     policy.store(ObjectId("a"), 1000, NOW)
-    assert policy.basis.miss_cost == 20_000
+    assert policy.basis.miss_cost == 28_000
     first = policy.get(ObjectId("a"))
     assert first is not None
-    assert first.priority == 21 * 0.4
+    assert first.priority == pytest.approx(0.4 * MIB * (1 / 1000 + 1 / 28_000))
     policy.store(ObjectId("b"), 3000, NOW)
-    assert policy.basis.miss_cost == 40_000
+    assert policy.basis.miss_cost == 56_000
     policy.access(ObjectId("b"), 2, NOW)
-    assert policy.basis.miss_cost == 20 * 10_000 / 4
+    assert policy.basis.miss_cost == 28 * 10_000 / 4
     for _ in range(2000):
         policy.access(ObjectId("b"), 1, NOW)
-    assert policy.basis.miss_cost > 59_000
+    assert policy.basis.miss_cost > 28 * 2950
     policy.access(ObjectId("a"), 20_000, NOW)
-    assert policy.basis.miss_cost < 25_000
-    assert policy.get(ObjectId("a")) == PolicyEntry(
-        ObjectId("a"), 1000, 20_001, NOW, 20_001 * (policy.basis.miss_cost + 1000) / 1000
-    )
+    assert policy.basis.miss_cost < 28 * 1250
+    entry = policy.get(ObjectId("a"))
+    assert entry is not None
+    assert entry.frequency == 20_001
+    assert entry.priority == pytest.approx(20_001 * MIB * (1 / 1000 + 1 / policy.basis.miss_cost))
 
 
 def test_old_views_count_less_and_less() -> None:
@@ -175,8 +179,8 @@ def test_old_views_count_less_and_less() -> None:
     before = policy.basis.miss_cost
     for _ in range(40_000):
         policy.access(ObjectId("b"), 1, NOW)
-    assert before == pytest.approx(20_000, rel=0.01)
-    assert policy.basis.miss_cost > 20 * 85_000, "of the last views most were of b"
+    assert before == pytest.approx(28_000, rel=0.01)
+    assert policy.basis.miss_cost > 28 * 85_000, "of the last views most were of b"
 
 
 def test_an_object_that_comes_back_has_its_views() -> None:
@@ -211,11 +215,48 @@ def test_the_memory_of_the_evicted_has_cells_for_about_as_many_as_the_objects() 
 def test_weights_out_of_their_bounds_are_taken_as_the_nearest() -> None:
     """A damaged basis must not stop the leader."""
     policy = Gdsf()
-    for exponent, first_weight, expected in ((1e9, 1e9, (1.0, 0.5)), (0.0, 0.0, (0.4, 0.1))):
-        damaged = PriorityBasis(1.0, "gdsf", 1.0, 1.0, 1.0, exponent, first_weight)
+    for damage, expected in ((1e9, (1.0, 0.5, 50.0)), (0.0, (0.2, 0.1, 1.5))):
+        damaged = PriorityBasis(1.0, Gdsf.mark, 1.0, 1.0, 1.0, damage, damage, damage)
         policy.restore([PolicyEntry(ObjectId("a"), KIB, 2**32, NOW)], damaged)
-        assert (policy.basis.exponent, policy.basis.first_weight) == expected
-        assert policy.victims(1, NOW)[0].priority < 1e12
+        basis = policy.basis
+        assert (basis.exponent, basis.first_weight, basis.cost_factor) == expected
+        assert policy.victims(1, NOW)[0].priority < 2**32 * MIB
+
+
+def test_the_views_of_an_object_that_comes_back_count_less_until_its_next_view() -> None:
+    policy = Gdsf(MissCost(fixed=1000))
+    policy.add(PolicyEntry(ObjectId("a"), 1000, 10, NOW))
+    policy.remove(ObjectId("a"), evicted=True)
+    level, worth = policy.inflation, 2 * MIB / 1000
+    for expected in (0.4 * 10 + 1, 12):
+        policy.store(ObjectId("a"), 1000, NOW) if expected == 5 else policy.access(ObjectId("a"), 1, NOW)
+        entry = policy.get(ObjectId("a"))
+        assert entry is not None
+        assert entry.priority == pytest.approx(level + expected * worth)
+
+
+def test_the_miniature_holds_a_sample_in_as_many_bytes_as_that_has_in_the_cache() -> None:
+    residents: dict[str, int] = {}
+    classic = ClassicMiniature(residents.items, most=64)
+    for number in range(1000):
+        name = ObjectId(f"o{number}")
+        residents[name] = 1000 + number % 7
+        classic.count_resident(name, residents[name])
+        if classic.samples(name):
+            answer = classic.view(name, residents[name], 1)
+            assert answer is None, "nothing is evicted: there is nothing to compare"
+        assert len(classic) <= 64
+    assert classic.sampled == 2**32 // 16
+    sampled = len(classic)
+    assert sampled == sum(map(classic.samples, residents)) >= 40
+    for gone in list(residents)[:500]:
+        classic.count_resident(gone, residents.pop(gone), here=False)
+    newcomers = [ObjectId(f"new{number}") for number in range(2000)]
+    answers = [classic.view(name, 1000, 1) for name in newcomers if classic.samples(name)]
+    assert answers.count(False) > 50, (
+        "a smaller cache: the miniature evicts too, and is compared from then on"
+    )
+    assert len(classic) < sampled
 
 
 def test_a_later_lru_access_reported_early_keeps_its_place() -> None:

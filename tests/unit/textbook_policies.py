@@ -65,11 +65,40 @@ class TextbookLru(Textbook):
 
 
 @dataclass
-class TextbookGdsf(Textbook):
-    """`factor`: c0 is so many times the mean of a view; None: it stays as it is."""
+class TextbookClassic:
+    """GDSF with c0 = ∞ and no memory, in as many bytes as the cache has. `held`: views and priority."""
 
-    miss_cost: float = 64.0 * 1024**2
-    factor: float | None = None
+    sizes: dict[ObjectId, int] = field(default_factory=dict)
+    held: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
+    inflation: float = 0.0
+    has_evicted: bool = False
+
+    def view(self, object_id: ObjectId, size: int, views: int, room: int) -> bool:
+        if object_id in self.held:
+            counted, before = self.held[object_id]
+            worth = (counted + views) / max(1, size)
+            self.held[object_id] = counted + views, max(before, self.inflation + worth)
+            return True
+        if footprint(size) <= room:
+            left = room - footprint(size) - sum(footprint(self.sizes[known]) for known in self.held)
+            while left < 0:
+                victim = min(self.held, key=lambda held: (self.held[held][1], held))
+                self.inflation = max(self.inflation, self.held.pop(victim)[1])
+                self.has_evicted = True
+                left += footprint(self.sizes[victim])
+            self.sizes[object_id] = size
+            self.held[object_id] = views, self.inflation + views / max(1, size)
+        return False
+
+
+@dataclass
+class TextbookGdsf(Textbook):
+    """`multiple`: c0 is so many times the mean of a view; None: it is `fixed`, or the factor is found."""
+
+    fixed: float | None = None
+    multiple: float | None = None
+    factor: float = 28.0
+    miss_cost: float = 28.0 * (64.0 * 1024**2 / 20)
     views: float = 0.0
     viewed_bytes: float = 0.0
     exponent: float = 1.0
@@ -82,10 +111,24 @@ class TextbookGdsf(Textbook):
     cells: int = 256
     evicted: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """For each row of the memory its (hash, views), the last victim first."""
+    classic: TextbookClassic = field(default_factory=TextbookClassic)
+    compared: int = 0
+    counted: float = 0.0
+    ahead: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.fixed is not None:
+            self.miss_cost = self.fixed
 
     def worth(self, entry: PolicyEntry) -> float:
-        counted = self.first if entry.frequency == 1 else entry.frequency**self.exponent
-        return counted * (self.miss_cost + max(1, entry.size)) / max(1, entry.size)
+        return self.worth_of(entry.frequency, entry.size)
+
+    def worth_of(self, views: float, size: int) -> float:
+        counted = math.pow(views, self.exponent)
+        if views < 2:
+            counted = self.first + (views - 1) * (math.pow(2, self.exponent) - self.first)
+        size = max(1, size)
+        return counted * 2**20 * (self.miss_cost + size) / (size * max(1.0, self.miss_cost))
 
     def store(self, object_id: ObjectId, size: int, now: float, *, begins_view: bool) -> None:
         views, row = 0, self.row(object_id)
@@ -95,12 +138,34 @@ class TextbookGdsf(Textbook):
             self.back[min(views, 3)] += 1
         if begins_view:
             self.count(size, 1)
-        self.add(PolicyEntry(object_id, size, max(1, views + begins_view), now))
+        priority = self.inflation + self.worth_of(max(1.0, 0.4 * views + begins_view), size)
+        entry = PolicyEntry(object_id, size, max(1, views + begins_view), now, priority)
+        self.entries[object_id] = entry
+        if begins_view:
+            self.compare(object_id, size, 1, hit=False)
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
         if object_id in self.entries and views:
             self.count(self.entries[object_id].size, views)
         super().access(object_id, views, now)
+        if object_id in self.entries and views:
+            self.compare(object_id, self.entries[object_id].size, views, hit=True)
+
+    def compare(self, object_id: ObjectId, size: int, views: int, *, hit: bool) -> None:
+        """With the classic form: the factor falls unless that has more hits."""
+        if self.fixed is not None or self.multiple is not None:
+            return
+        room = sum(footprint(entry.size) for entry in self.entries.values())
+        classic_hit = self.classic.view(object_id, size, views, room)
+        if not self.classic.has_evicted:
+            return
+        self.counted, self.ahead = self.counted + 1, self.ahead + classic_hit - hit
+        self.compared += 1
+        if self.compared % 1000 == 0:
+            step = max(-0.1, min(0.1, 20 * (self.ahead / self.counted - 0.003)))
+            self.factor = max(1.5, min(50.0, self.factor * math.exp(step)))
+            self.counted, self.ahead = 0.9 * self.counted, 0.9 * self.ahead
+            self.move_cost()
 
     def remove(self, object_id: ObjectId, *, evicted: bool) -> None:
         gone = self.entries.get(object_id)
@@ -124,17 +189,19 @@ class TextbookGdsf(Textbook):
         self.move_cost()
 
     def move_cost(self) -> None:
-        if self.factor is not None and self.views:
-            self.miss_cost = self.factor * self.exponent**2 * (self.viewed_bytes / self.views)
+        if self.fixed is None and self.views:
+            factor = self.factor if self.multiple is None else self.multiple
+            self.miss_cost = factor * self.exponent * (self.viewed_bytes / self.views)
 
     def move_weights(self) -> None:
         self.move_at += max(500, len(self.entries) // 4)
         odds = {views: self.back[views] / self.gone[views] for views in (1, 2, 3)}
         steps = {views: 0.2 * max(-1.0, min(1.0, math.log(odds[views] / odds[2]))) for views in (1, 3)}
         if self.gone[2] > 5 and self.gone[3] > 5:
-            self.exponent = max(0.4, min(1.0, self.exponent + steps[3]))
+            self.exponent = max(0.2, min(1.0, self.exponent + steps[3]))
         if self.gone[2] > 5 and self.gone[1] > 5:
-            self.first = max(0.1, min(0.5, self.first * math.exp(steps[1])))
+            least = 0.1 * (1 + min(1.0, self.factor / 28))
+            self.first = max(least, min(0.5, self.first * math.exp(steps[1])))
         for views in (1, 2, 3):
             self.gone[views] = self.gone[views] / 2 + 0.1
             self.back[views] = self.back[views] / 2 + 0.01

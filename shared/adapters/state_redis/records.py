@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distributor_node.shared.domain.eviction.policy import PriorityBasis
+from distributor_node.shared.domain.eviction.policy import FIRST_COST_FACTOR, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import Viewer
 from distributor_node.shared.ports.state_store import (
@@ -253,6 +253,7 @@ def pack_basis(state: PolicyState) -> str:
             "viewed_bytes": basis.viewed_bytes,
             "exponent": basis.exponent,
             "first_weight": basis.first_weight,
+            "cost_factor": basis.cost_factor,
             "written_with": [basis.inflation, state.position],
         }
     )
@@ -278,6 +279,7 @@ def _read_basis(level: float, position: str, packed: bytes) -> PriorityBasis:
             # The version before knew w(1) = 1/2 and w(views) = views
             exponent=_finite(float(fields.get("exponent", 1.0))),
             first_weight=_finite(float(fields.get("first_weight", 0.5))),
+            cost_factor=_finite(float(fields.get("cost_factor", FIRST_COST_FACTOR))),
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         return PriorityBasis(level)

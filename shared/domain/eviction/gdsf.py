@@ -1,80 +1,92 @@
 """GDSF: Greedy-Dual-Size with Frequency, for misses that cost c0 + size, with a memory of what was evicted.
 
-Priority = L + w(views) × (c0 + size) / size. The lowest priority goes first; of equal ones the object accessed least
-recently, then the lesser id. L ("inflation") is the highest priority of all victims so far. An object that is not
-requested any more is overtaken by L in time, however popular it was.
+Priority = L + w(views) × (1 / size + 1 / c0), in views per MiB. The lowest priority goes first; of equal ones the
+object accessed least recently, then the lesser id. L ("inflation") is the highest priority of all victims so far. An
+object that is not requested any more is overtaken by L in time, however popular it was.
 
-The views of victims are kept for a while (`EvictedViews`), so that an object that comes back is no newcomer. Which
-victims come back says what views are worth (`ViewWeights`): w(1) = b and w(views) = views^a for more. Where popularity
-lasts, a is near 1. Where it moves, objects with many views do not come back, and a falls. Where many objects are viewed
-once, b falls.
+The views of victims are kept for a while (`EvictedViews`), so that an object that comes back is no newcomer. Until its
+next view they count less, because it was evicted for good reason. Which victims come back says what views are worth
+(`ViewWeights`): w(1) = b and w(views) = views^a for more. Where popularity lasts, a is near 1. Where it moves, objects
+with many views do not come back, and a falls. Where many objects are viewed once, b falls.
 
 c0 is what a miss costs besides its bytes, in bytes: how much traffic one avoided miss is worth. It follows the traffic:
-a factor × a² × the mean bytes of a view (`MissCost`). A fixed 0 counts bytes alone (size then does not matter: least
-frequently used, with ageing). A very large one counts misses alone (the classic form). When c0, a or b move,
-priorities that were given before stay until the next access.
+a factor × a × the mean bytes of a view (`MissCost`). The factor is as low as the object hit ratio allows
+(`CostFactor`). A fixed c0 of 0 counts bytes alone (size then does not matter: least frequently used, with ageing). A
+very large one counts misses alone (the classic form). When c0, a or b move, priorities that were given before stay
+until the next access.
 Source: Ludmila Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", HP Labs
 HPL-98-69R1, 1998; ageing from Pei Cao, Sandy Irani, "Cost-aware WWW proxy caching algorithms", USITS 1997.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from zlib import crc32
 
+from distributor_node.shared.domain.eviction.lazy_heap import PackedRecords
 from distributor_node.shared.domain.eviction.packed import PackedPolicy
-from distributor_node.shared.domain.eviction.policy import PolicyEntry, PriorityBasis
+from distributor_node.shared.domain.eviction.policy import FIRST_COST_FACTOR, PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
-DEFAULT_COST_FACTOR = 20.0
 FORMER_MISS_COST = 64 * 1024**2
 """c0 of versions that did not write down by which c0 priorities were given, unless it was set."""
-_UNKNOWN_MEAN = FORMER_MISS_COST / DEFAULT_COST_FACTOR  # bytes of a view, before the first one
+_UNKNOWN_MEAN = FORMER_MISS_COST / 20  # bytes of a view, before the first one
+_MIB = 1024**2
+_RETURNED_SHARE = 0.4
+"""Of its remembered views so many count for an object that comes back, until its next view."""
 
 
 @dataclass(frozen=True, slots=True)
 class MissCost:
-    """How c0 is found: `fixed` bytes, or `factor` × a² × the mean bytes of a view."""
+    """How c0 is found: `fixed` bytes, or `factor` × a × the mean bytes of a view. Without either, `CostFactor` finds
+    the factor."""
 
-    factor: float = DEFAULT_COST_FACTOR
+    factor: float | None = None
     fixed: int | None = None  # bytes
 
-    def by_mean(self, mean: float, exponent: float = 1.0) -> float:
-        """c0 in bytes. `mean`: bytes of a view; `exponent`: a. Where popularity moves, small objects stay long enough
-        at a lower c0, and more bytes are hits."""
-        return self.factor * exponent**2 * mean if self.fixed is None else float(self.fixed)
+    def by_mean(self, mean: float, exponent: float = 1.0, found: float = FIRST_COST_FACTOR) -> float:
+        """c0 in bytes. `mean`: bytes of a view; `exponent`: a; `found`: the factor unless it is set. Where popularity
+        moves, small objects stay long enough at a lower c0, and more bytes are hits."""
+        if self.fixed is not None:
+            return float(self.fixed)
+        return (found if self.factor is None else self.factor) * exponent * mean
 
 
 AUTO_COST = MissCost()
 
 
 def priority_above_inflation(size: int, weighed: float, miss_cost: float) -> float:
-    """w(views) × (c0 + size) / size; an empty object counts as one byte, so that its priority is finite."""
+    """w(views) × (1 / size + 1 / c0), times MiB. An object and c0 are counted as one byte at least, so that it is
+    finite. Whatever c0 is, a small object's is nearly the same: so c0 can move without new priorities for all."""
     size = max(1, size)
-    return weighed * (miss_cost + size) / size
+    return weighed * _MIB * (miss_cost + size) / (size * max(1.0, miss_cost))
 
 
 class StoredPriorities:
     """What priorities that were stored under an earlier `basis` mean now.
 
     Under the same policy and c0 they hold as they are. Otherwise the order is made again: of each stored priority the
-    part that was L at the last access is taken and scaled as c0 has changed. So recency is kept.
+    part that was L at the last access is taken and brought to views per MiB. So recency is kept.
     """
 
     def __init__(self, basis: PriorityBasis, cost: MissCost) -> None:
         mean = basis.viewed_bytes / basis.views if basis.views else _UNKNOWN_MEAN
         self._weights = ViewWeights(basis.exponent, basis.first_weight)
-        self.miss_cost = cost.by_mean(mean, self._weights.exponent)
-        self.as_stored = basis.policy == Gdsf.name and basis.miss_cost == self.miss_cost
+        self.miss_cost = cost.by_mean(mean, self._weights.exponent, bounded_factor(basis.cost_factor))
+        self._per_mib = basis.policy == Gdsf.mark
+        self.as_stored = self._per_mib and basis.miss_cost == self.miss_cost
         """Whether stored priorities hold as they are."""
-        self._marked = basis.policy == Gdsf.name
+        # Earlier versions: w(views) × (c0 + size) / size. The earliest had w(views) = views and noted no c0
+        self._views_weigh = basis.policy in (Gdsf.mark, Gdsf.name)
         unmarked = FORMER_MISS_COST if cost.fixed is None else cost.fixed
-        self._former_cost = basis.miss_cost if self._marked else unmarked
-        self._former_inflation = basis.inflation
-        scale = self.miss_cost / self._former_cost if self._former_cost else 0.0
-        self._scale = 1.0 if self.as_stored else scale
+        self._former_cost = basis.miss_cost if self._views_weigh else unmarked
+        self._scale = 1.0 if self._per_mib else _MIB / max(1.0, self._former_cost)
         self.inflation = basis.inflation * self._scale
 
     def priority(self, size: int, views: int, stored: float) -> float:
@@ -86,16 +98,17 @@ class StoredPriorities:
         above = priority_above_inflation(size, weighed, self.miss_cost)
         if not given:
             return self.inflation + above
-        former = max(1, size)
-        former_weight = weighed if self._marked else views
-        level = stored - former_weight * (self._former_cost + former) / former
-        return min(max(level, 0.0), self._former_inflation) * self._scale + above
+        former_weight = weighed if self._views_weigh else views
+        former = priority_above_inflation(size, former_weight, self._former_cost)
+        return min(max(stored * self._scale - former, 0.0), self.inflation) + above
 
 
 class Gdsf(PackedPolicy):
     """Greedy-Dual-Size with Frequency, as the module describes it."""
 
     name = "gdsf"
+    mark = "gdsf, views per MiB"
+    """Of a basis whose priorities are in this unit."""
     has_priorities = True
 
     def __init__(self, cost: MissCost = AUTO_COST) -> None:
@@ -108,32 +121,64 @@ class Gdsf(PackedPolicy):
         self.inflation, self._miss_cost = self._stored.inflation, self._stored.miss_cost
         self._views, self._viewed_bytes = basis.views, basis.viewed_bytes
         self._evicted = EvictedViews()
+        self._factor = bounded_factor(basis.cost_factor)
         self._weights = ViewWeights(basis.exponent, basis.first_weight)
+        self._search = (
+            CostFactor(self._factor, partial(_sizes_in, self._records)) if self._cost == AUTO_COST else None
+        )
 
     @property
     def basis(self) -> PriorityBasis:
         return PriorityBasis(
             self.inflation,
-            self.name,
+            self.mark,
             self._miss_cost,
             self._views,
             self._viewed_bytes,
             self._weights.exponent,
             self._weights.first,
+            self._factor,
         )
+
+    def add(self, entry: PolicyEntry) -> None:
+        super().add(entry)
+        if self._search is not None:
+            self._search.classic.count_resident(entry.object_id, entry.size)
+
+    def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
+        slot = self._records.slots.get(object_id)
+        if slot is not None and self._search is not None:
+            self._search.classic.count_resident(object_id, self._records.sizes[slot], here=False)
+        super().remove(object_id, evicted=evicted)
+
+    def restore(self, entries: Iterable[PolicyEntry], basis: PriorityBasis) -> None:
+        super().restore(entries, basis)
+        if self._search is not None:
+            self._search.classic.sample_for(len(self._records.slots))
 
     def end_restore(self) -> None:
         self._stored = None
+        if self._search is not None:
+            self._search.classic.sample_for(len(self._records.slots))
 
     def store(self, object_id: ObjectId, size: int, now: float, *, begins_view: bool = True) -> None:
         """Store an object with the views that are remembered of it, and one more if a view begins."""
         remembered = self._evicted.take(object_id)
         if remembered:
             self._weights.count_return(remembered)
-        views = remembered + begins_view
         if begins_view:
             self._count_views(size, 1)
-        self.add(PolicyEntry(object_id, size, max(1, views), now))
+        self.remove(object_id)
+        records = self._records
+        slot = records.insert(PolicyEntry(object_id, size, remembered + begins_view, now))
+        weighed = self._weights.of(max(1.0, _RETURNED_SHARE * remembered + begins_view))
+        priority = self.inflation + priority_above_inflation(size, weighed, self._miss_cost)
+        records.priorities[slot] = priority
+        self._heap.push(slot)
+        if self._search is not None:
+            self._search.classic.count_resident(object_id, size)
+            if begins_view and self._search.classic.samples(object_id):
+                self._find_factor(self._search, object_id, size, 1, hit=False)
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
         """Raise the priority. Without further views (a long send continues) it rises by as much as L has risen."""
@@ -148,6 +193,15 @@ class Gdsf(PackedPolicy):
         above = priority_above_inflation(size, self._weights.of(frequency), self._miss_cost)
         priority = self.inflation + above
         records.priorities[slot] = max(records.priorities[slot], priority)
+        if views and self._search is not None and self._search.classic.samples(object_id):
+            self._find_factor(self._search, object_id, size, views, hit=True)
+
+    def _find_factor(
+        self, search: CostFactor, object_id: ObjectId, size: int, views: int, *, hit: bool
+    ) -> None:
+        if search.count_view(object_id, size, views, hit=hit):
+            self._factor = search.value
+            self._move_cost()
 
     def _count_views(self, size: int, views: int) -> None:
         """Move the mean, and c0 with it. Old views count less and less: both sums are halved from time to time."""
@@ -161,7 +215,7 @@ class Gdsf(PackedPolicy):
     def _move_cost(self) -> None:
         if self._views:
             mean = self._viewed_bytes / self._views
-            self._miss_cost = self._cost.by_mean(mean, self._weights.exponent)
+            self._miss_cost = self._cost.by_mean(mean, self._weights.exponent, self._factor)
 
     def _key(self, slot: int, known: float) -> float:
         size, frequency = self._records.sizes[slot], self._records.frequencies[slot]
@@ -177,11 +231,15 @@ class Gdsf(PackedPolicy):
         self.inflation = max(self.inflation, self._records.priorities[slot])
         views, residents = self._records.frequencies[slot], len(self._records.slots)
         self._evicted.put(ObjectId(self._records.ids[slot]), views, residents)
-        if self._weights.count_eviction(views, residents):
+        if self._weights.count_eviction(views, residents, self._factor):
             self._move_cost()
 
 
-_LEAST_EXPONENT, _MOST_EXPONENT = 0.4, 1.0
+def _sizes_in(records: PackedRecords) -> Iterable[tuple[str, int]]:
+    return ((object_id, records.sizes[slot]) for object_id, slot in records.slots.items())
+
+
+_LEAST_EXPONENT, _MOST_EXPONENT = 0.2, 1.0
 _LEAST_FIRST, _MOST_FIRST = 0.1, 0.5
 _STEP = 0.2
 _FEWEST_SEEN = 5
@@ -195,7 +253,8 @@ class ViewWeights:
     back more seldom than those with two, views count too much: `exponent` falls, else it rises. If those with one view
     come back more seldom, `first` falls, else it rises. Both move once for every 500 victims, or for as many as a
     quarter of the objects in the cache: a victim needs time to come back. Shares are of the victims counted lately,
-    with half of their weight for each move since.
+    with half of their weight for each move since. The higher the factor of c0, the less `first` may fall (0.1 to 0.2):
+    where too few objects are hits, new ones need a chance.
     """
 
     def __init__(self, exponent: float, first: float) -> None:
@@ -204,16 +263,19 @@ class ViewWeights:
         self._evicted, self._returned = [1.0] * 3, [0.1] * 3
         self._until_move = 500
 
-    def of(self, views: int) -> float:
-        """w(views)."""
-        return views**self.exponent if views > 1 else self.first
+    def of(self, views: float) -> float:
+        """w(views). Between one view and two it is on the straight line."""
+        if views >= 2:
+            return math.pow(views, self.exponent)
+        return self.first + (views - 1) * (math.pow(2, self.exponent) - self.first)
 
     def count_return(self, views: int) -> None:
         """A victim that had these views is stored again."""
         self._returned[min(views, 3) - 1] += 1
 
-    def count_eviction(self, views: int, residents: int) -> bool:
-        """A victim has these views. True if the weights may have moved. `residents`: objects in the cache."""
+    def count_eviction(self, views: int, residents: int, cost_factor: float) -> bool:
+        """A victim has these views. True if the weights may have moved. `residents`: objects in the cache;
+        `cost_factor`: as it is now."""
         self._evicted[min(views, 3) - 1] += 1
         self._until_move -= 1
         if self._until_move > 0:
@@ -226,7 +288,8 @@ class ViewWeights:
                 self.exponent = min(max(moved, _LEAST_EXPONENT), _MOST_EXPONENT)
             if one > _FEWEST_SEEN:
                 moved = self.first * math.exp(_STEP * self._log_odds(0))
-                self.first = min(max(moved, _LEAST_FIRST), _MOST_FIRST)
+                least = _LEAST_FIRST * (1 + min(1.0, cost_factor / FIRST_COST_FACTOR))
+                self.first = min(max(moved, least), _MOST_FIRST)
         self._evicted = [count / 2 + 0.1 for count in self._evicted]
         self._returned = [count / 2 + 0.01 for count in self._returned]
         return True
@@ -235,6 +298,140 @@ class ViewWeights:
         """Log of how much more often the victims of this class come back than those with two views; -1 to 1."""
         share, other = self._returned[place] / self._evicted[place], self._returned[1] / self._evicted[1]
         return min(max(math.log(share / other), -1.0), 1.0)
+
+
+_LEAST_FACTOR, _MOST_FACTOR = 1.5, 50.0
+_ALLOWED_LOSS = 0.003
+_COMPARED_VIEWS = 1000
+_GAIN, _LARGEST_STEP = 20.0, 0.1
+_KEPT_OF_COUNTS = 0.9
+
+
+def bounded_factor(value: float) -> float:
+    return min(max(value, _LEAST_FACTOR), _MOST_FACTOR)
+
+
+class CostFactor:
+    """The factor of c0, as low as the object hit ratio allows: the lower it is, the more bytes are hits.
+
+    The object hit ratio is held against that of the classic form (c0 = ∞, w(views) = views), on the same views. That
+    runs in miniature, on a sample of the ids (`ClassicMiniature`). Once for every 1000 views compared the factor falls
+    if the classic form is ahead by less than 0.3 points, else it rises: by 20 times the difference, and by a tenth at
+    most. Hits are of the views counted lately, with nine tenths of their weight for each move since.
+    """
+
+    def __init__(self, value: float, sizes: Callable[[], Iterable[tuple[str, int]]]) -> None:
+        """`sizes`: of all objects in the cache, by id."""
+        self.value = value
+        self.classic = ClassicMiniature(sizes)
+        self._counted = self._ahead = 0.0  # views; and by how many hits the classic form is ahead
+        self._until_move = _COMPARED_VIEWS
+
+    def count_view(self, object_id: ObjectId, size: int, views: int, *, hit: bool) -> bool:
+        """A view of an object in the sample, or several reported together. `hit`: it was in the cache. True if the
+        factor has moved."""
+        classic_hit = self.classic.view(object_id, size, views)
+        if classic_hit is None:
+            return False
+        self._counted += 1
+        self._ahead += classic_hit - hit
+        self._until_move -= 1
+        if self._until_move > 0:
+            return False
+        self._until_move = _COMPARED_VIEWS
+        step = _GAIN * (self._ahead / self._counted - _ALLOWED_LOSS)
+        self.value = bounded_factor(self.value * math.exp(min(max(step, -_LARGEST_STEP), _LARGEST_STEP)))
+        self._counted *= _KEPT_OF_COUNTS
+        self._ahead *= _KEPT_OF_COUNTS
+        return True
+
+
+_MOST_SAMPLED = 8192
+_ALL_HASHES = 2**32
+_SPREAD = 2_246_822_519
+
+
+class ClassicMiniature:
+    """The classic form of GDSF in miniature: a sample of the ids, in as many bytes as these have in the cache itself.
+
+    Priority = L + views / size, without a memory. The sample is of all ids at first. It is halved when it has more than
+    8192 objects, which take about two megabytes. An id is in the sample or is not, by its hash, so all its views are
+    seen. A share of the bytes would not do as room: a few large objects more or less in the sample change much.
+    Source: Carl Waldspurger et al., "Cache modeling and optimization using miniature simulations", USENIX ATC 2017.
+    """
+
+    def __init__(self, sizes: Callable[[], Iterable[tuple[str, int]]], most: int = _MOST_SAMPLED) -> None:
+        """`sizes`: of all objects in the cache, by id."""
+        self._sizes, self._most = sizes, most
+        self.sampled = _ALL_HASHES
+        """Ids with a hash below this are in the sample."""
+        self._room = 0  # bytes, with the records
+        self._inflation, self._bytes, self._full = 0.0, 0, False
+        self._held: dict[str, tuple[float, int, int]] = {}  # priority, views, footprint
+        self._order: list[tuple[float, str]] = []  # heap; an object's priority may have risen since
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def count_resident(self, object_id: str, size: int, *, here: bool = True) -> None:
+        """An object of this size has come into the cache, or is no more `here`."""
+        if self.samples(object_id):
+            self._room += footprint(size) if here else -footprint(size)
+
+    def sample_for(self, residents: int) -> None:
+        """Choose the sample for a cache that is given with so many objects at once."""
+        while residents * self.sampled > self._most * _ALL_HASHES:
+            self.sampled >>= 1
+        self._resample()
+
+    def view(self, object_id: ObjectId, size: int, views: int) -> bool | None:
+        """Whether an object of the sample is here; stores it if not. None: nothing was evicted yet."""
+        known = self._held.get(object_id)
+        if known is None:
+            self._store(object_id, size, views)
+        else:
+            before, counted, taken = known
+            counted += views
+            self._held[object_id] = max(before, self._inflation + counted / max(1, size)), counted, taken
+        return known is not None if self._full else None
+
+    def samples(self, object_id: str) -> bool:
+        """Whether the object is in the sample."""
+        sampled = self.sampled
+        return sampled == _ALL_HASHES or crc32(object_id.encode()) * _SPREAD & 0xFFFFFFFF < sampled
+
+    def _store(self, object_id: ObjectId, size: int, views: int) -> None:
+        taken = footprint(size)
+        if taken > self._room:
+            return
+        while self._bytes + taken > self._room:
+            self._evict()
+        self._bytes += taken
+        priority = self._inflation + views / max(1, size)
+        self._held[object_id] = priority, views, taken
+        heapq.heappush(self._order, (priority, object_id))
+        if len(self._held) > self._most:
+            self.sampled >>= 1
+            self._resample()
+
+    def _evict(self) -> None:
+        while True:
+            pushed, object_id = self._order[0]
+            priority, _, taken = self._held[object_id]
+            if priority == pushed:
+                break
+            heapq.heapreplace(self._order, (priority, object_id))
+        heapq.heappop(self._order)
+        del self._held[object_id]
+        self._bytes -= taken
+        self._inflation, self._full = max(self._inflation, priority), True
+
+    def _resample(self) -> None:
+        self._room = sum(footprint(size) for object_id, size in self._sizes() if self.samples(object_id))
+        self._held = {held: fields for held, fields in self._held.items() if self.samples(held)}
+        self._bytes = sum(taken for _, _, taken in self._held.values())
+        self._order = [(priority, held) for held, (priority, _, _) in self._held.items()]
+        heapq.heapify(self._order)
 
 
 _ROW = 8

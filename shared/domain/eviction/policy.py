@@ -20,6 +20,10 @@ class PolicyEntry:
     priority: float = 0.0  # the policy's own; 0.0: none
 
 
+FIRST_COST_FACTOR = 28.0
+"""c0 is so many times the mean bytes of a view, before anything is known of the traffic."""
+
+
 @dataclass(frozen=True, slots=True)
 class PriorityBasis:
     """What stored priorities rest on, beside the objects' own fields. It is kept with them."""
@@ -33,6 +37,7 @@ class PriorityBasis:
     # What views weigh: see gdsf.ViewWeights
     exponent: float = 1.0
     first_weight: float = 0.4
+    cost_factor: float = FIRST_COST_FACTOR  # see gdsf.CostFactor
 
     @property
     def mean_view(self) -> float:
