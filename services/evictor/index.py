@@ -193,6 +193,10 @@ class EvictionIndex:
         """Complete ones."""
         return len(self.policy) - len(self._partials)
 
+    @property
+    def has_partials(self) -> bool:
+        return bool(self._partials)
+
     def known_entry(self, object_id: ObjectId) -> PolicyEntry | None:
         """The entry of an object that the store has lost, as it was before."""
         known = self.policy.get(object_id) if object_id in self else None
