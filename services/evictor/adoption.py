@@ -281,8 +281,11 @@ class PartialReaper:
         Fetches that were parked a short time ago with the whole reservation are left out: their jobs are on the way to
         another worker.
         """
-        parked = [fetch for fetch in await self._state.fetches() if fetch.phase is FetchPhase.PARKED]
-        self._index.set_partials([self._with_access(fetch) for fetch in parked if self._is_left(fetch)])
+        fetches = await self._state.fetches()
+        parked = [fetch for fetch in fetches if fetch.phase is FetchPhase.PARKED]
+        resumed = {fetch.object_id for fetch in fetches if fetch.phase is FetchPhase.FETCHING}
+        left = [self._with_access(fetch) for fetch in parked if self._is_left(fetch)]
+        self._index.set_partials(left, resumed)
         return parked
 
     def _with_access(self, fetch: Fetch) -> Fetch:

@@ -118,7 +118,7 @@ class Eviction:
                 self._set_blocked(0)
                 return
             await self._index.refresh()
-            if not prepared:
+            if not prepared and (usage.parked or self._index.has_partials):
                 prepared = True
                 await self._reaper.prepare(term)
                 usage = await self._state.usage()

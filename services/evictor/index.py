@@ -13,7 +13,7 @@ import asyncio
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import structlog
@@ -193,6 +193,10 @@ class EvictionIndex:
         """Complete ones."""
         return len(self.policy) - len(self._partials)
 
+    @property
+    def has_partials(self) -> bool:
+        return bool(self._partials)
+
     def known_entry(self, object_id: ObjectId) -> PolicyEntry | None:
         """The entry of an object that the store has lost, as it was before."""
         known = self.policy.get(object_id) if object_id in self else None
@@ -202,16 +206,19 @@ class EvictionIndex:
         """Whether what is in the order is a partial object."""
         return object_id in self._partials
 
-    def set_partials(self, parked: Sequence[Fetch]) -> None:
+    def set_partials(self, parked: Sequence[Fetch], resumed: Collection[ObjectId] = ()) -> None:
         """These partial objects, and no others, compete with the complete ones.
 
         Views are those that were saved, or were seen since. Of neither there is one, and the last access is when the
-        fetch was parked.
+        fetch was parked. `resumed`: objects that have a live fetch. The request that resumes one is a view, unless it
+        belongs to one that was counted.
         """
-        present = {fetch.object_id for fetch in parked}
+        present, now = {fetch.object_id for fetch in parked}, self._clock()
         for object_id in self._partials - present:
             self._remember_views(object_id)
             self._forget(object_id)
+            if object_id in resumed and self._views.begins_view(object_id, now):
+                self._count_unstored(object_id, 1, now)
         for fetch in parked:
             object_id, size = fetch.object_id, max(0, fetch.reserved - RECORD_BYTES)
             known = self.policy.get(object_id)

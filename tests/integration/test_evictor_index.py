@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -17,7 +19,16 @@ from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.eviction import MissCost, PolicyEntry, PriorityBasis, make_policy
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.ports.state_store import Access, Granted, IndexEntry, PolicyState, Term
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import (
+    Access,
+    Fetch,
+    FetchPhase,
+    Granted,
+    IndexEntry,
+    PolicyState,
+    Term,
+)
 from tests.integration.evictor_harness import body_of, record_of
 from tests.waiting import eventually
 
@@ -301,3 +312,51 @@ async def test_a_map_that_took_long_stands_for_a_while(state: FailingStore, volu
         return await index.size_and_idle_map() is not first
 
     await eventually(other)
+
+
+async def test_views_of_a_partial_object_go_with_it(volume: Volume) -> None:
+    """Each view begins ten minutes after the last: it is parked, resumed, parked with more, resumed, and complete."""
+    now, one = [NOW], ObjectId("film")
+    store = MemoryStateStore(2**40, StateTimeouts(), time.time)
+    index = EvictionIndex(store, volume, lambda: make_policy("gdsf"), lambda: now[0])
+    await index.load()
+    fetch = Fetch(one, FetchPhase.PARKED, 9000, "w", None, 0.0, age=50.0, reserved=footprint(1000))
+
+    def known() -> tuple[int, int]:
+        entry = index.policy.get(one)
+        assert entry is not None
+        return entry.size, entry.frequency
+
+    index.set_partials([fetch])
+    assert known() == (1000, 1)
+    [entry] = index.policy.dump()
+    assert entry.last_access == pytest.approx(NOW - 50, abs=1)
+    now[0] += 600
+    index.set_partials([], {one})
+    assert len(index.policy) == 0
+    index.set_partials([replace(fetch, reserved=footprint(5000))])
+    assert known() == (5000, 2)
+    assert (one in index, index.is_partial(one), index.objects) == (False, True, 0)
+    now[0] += 600
+    partial = volume.open_partial_for_writing(record_of(one, body_of(one, 9000)))
+    partial.write(0, body_of(one, 9000))
+    partial.mark_verified()
+    os.utime(volume.root / "incoming" / f"{one}.part", (now[0], now[0]))
+    partial.publish(partial.record)
+    partial.close()
+    index.mark_changed(one)
+    await index.refresh()
+    assert known() == (9000, 3)
+    assert (one in index, index.is_partial(one), index.objects) == (True, False, 1)
+    index.set_partials([])
+    assert known() == (9000, 3)
+
+
+async def test_a_new_leader_has_the_views_that_were_saved(volume: Volume) -> None:
+    store, one = MemoryStateStore(2**40, StateTimeouts(), time.time), ObjectId("film")
+    index = EvictionIndex(store, volume, lambda: make_policy("gdsf"))
+    await index.load()
+    fetch = Fetch(one, FetchPhase.PARKED, 9000, "w", None, 0.0, age=50.0, reserved=footprint(1000))
+    index.set_partials([replace(fetch, views=4, last_access=NOW - 500, priority=7.5)])
+    [entry] = index.policy.dump()
+    assert entry == PolicyEntry(one, 1000, 4, pytest.approx(NOW - 500, abs=1), 7.5)  # type: ignore[arg-type]

@@ -143,7 +143,7 @@ async def test_an_unreadable_partial_file_does_not_keep_the_room_of_others(
         await eventually(harness.reconciled)
     for name in ("bad", "other"):
         lease = await harness.begin_fetch(name, 4 * SIZE)
-        harness.leave_partial(name, 1000, 4 * SIZE)
+        harness.leave_partial(name, 4 * SIZE - 100, 4 * SIZE)
         await harness.state.park(lease)
     unreadable.bad = ObjectId("bad")
     settings = harness.settings()

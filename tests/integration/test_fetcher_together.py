@@ -154,6 +154,34 @@ async def test_no_space_in_time_is_retried_later(tmp_path: Path) -> None:
         assert len(harness.nodes[0].requests) == 0
 
 
+async def test_a_parked_fetch_that_gets_no_room_keeps_what_it_holds(tmp_path: Path) -> None:
+    async with fetcher_harness(tmp_path, [DATA], space_wait=0.1) as harness:
+        harness.nodes[0].faults.add(Fault(cut_after=700_000))
+        assert isinstance(await start(harness), Retry)
+        lease = await harness.state.steal_lease(harness.term, OBJECT_ID)
+        held = harness.volume.measure_partial(OBJECT_ID)
+        assert lease is not None
+        assert held is not None
+        await harness.state.park(lease, held)
+        other = await harness.state.begin(ObjectId.parse("8"), LIMIT - footprint(SIZE), "other")
+        assert isinstance(other, Granted)
+        harness.nodes[0].faults.clear()
+        harness.nodes[0].requests.clear()
+        outcome = await start(harness)
+        assert isinstance(outcome, Retry)
+        assert outcome.reason == f"no space: {footprint(0)} bytes missing"
+        fetch = (await harness.state.find(OBJECT_ID)).fetch
+        assert fetch is not None
+        assert (fetch.phase, fetch.reserved) == (FetchPhase.PARKED, footprint(held))
+        assert not harness.nodes[0].requests
+        await harness.state.release(other.lease)
+        assert await start(harness) == Ack("fetched")
+        assert harness.stored() == DATA
+        assert [record.range for record in harness.nodes[0].requests] == [f"bytes={held}-{SIZE - 1}"]
+        usage = await harness.state.usage()
+        assert (usage.used, usage.reserved) == (footprint(SIZE), 0)
+
+
 async def test_nothing_is_fetched_before_reconciliation(tmp_path: Path) -> None:
     async with fetcher_harness(tmp_path, [DATA], space_wait=0.1, reconciled=False) as harness:
         assert isinstance(await start(harness), Retry)

@@ -45,9 +45,9 @@ class UnreachableStore(MemoryStateStore):
         self._check()
         return await super().commit(lease, stored_at)
 
-    async def park(self, lease: Lease) -> None:
+    async def park(self, lease: Lease, held: int | None = None) -> None:
         self._check()
-        await super().park(lease)
+        await super().park(lease, held)
 
 
 @pytest.fixture

@@ -128,7 +128,8 @@ class TestInWords:
         "state", ["leaving", "missing", "unindexed", "claimed", "queued", "parked", "failed", "absent"]
     )
     def test_each_state_is_a_sentence(self, state: str) -> None:
-        [sentence] = in_words(explained(state=state), None, None)
+        fetch = {"source": None, "bytes": 1024, "size": 2048}
+        [sentence] = in_words(explained(state=state, fetch=fetch, views=1), None, None)
         assert sentence.endswith(".")
 
     def test_a_fetch_and_a_failure(self) -> None:

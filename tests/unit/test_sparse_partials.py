@@ -314,8 +314,8 @@ def test_a_follower_finds_no_file_that_is_being_evicted(volume: Volume) -> None:
     write(partial := volume.open_partial_for_writing(RECORD), 0, 5000)
     early = follow(volume)
     early.close()
+    seen: list[PartialReader | None] = []
     with patch("os.unlink", side_effect=lambda *_, **__: seen.append(volume.open_partial(RECORD.object_id))):
-        seen: list[PartialReader | None] = []
         partial.discard(unless_read=True)
     assert seen
     assert seen == [None] * len(seen)

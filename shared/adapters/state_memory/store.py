@@ -102,23 +102,18 @@ class MemoryStateStore:
         if admission is not None and not parked and not tables.admits(object_id, admission):
             return Claim(won=False, status=ObjectStatus(fetch=None, failure=None), admitted=False)
         serial = tables.next_serial()
-        tables.rows[object_id] = FetchRow(
+        kept = row if row is not None and parked else FetchRow(FetchPhase.CLAIMED, False, 0, 0, now, now, "")
+        tables.rows[object_id] = replace(
+            kept,
             phase=FetchPhase.CLAIMED,
-            reserved=parked,
-            size=tables.rows[object_id].size if parked else 0,
             token=0,
             ends=now + tables.timeouts.claim_seconds,
             since=now,
             worker=claimant,
+            source=None,
             duration=tables.timeouts.claim_seconds,
             job=serial,
-            held=tables.rows[object_id].held if parked else 0,
             trace=trace,
-            whole=tables.rows[object_id].whole if parked else 0,
-            views=tables.rows[object_id].views if parked else 0,
-            last_access=tables.rows[object_id].last_access if parked else 0.0,
-            priority=tables.rows[object_id].priority if parked else 0.0,
-            following=tables.rows[object_id].following if parked else NOT_FOLLOWED,
         )
         return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=serial)
 
@@ -399,14 +394,7 @@ class MemoryStateStore:
         return self._tables.is_leader(term)
 
     async def space_requested(self) -> int:
-        tables, now = self._tables, self._tables.clock()
-        tables.space_requests = {
-            known: request for known, request in tables.space_requests.items() if request[1] > now
-        }
-        return sum(
-            max(0, wanted - tables.kept_by_shrunk(known))
-            for known, (wanted, _) in tables.space_requests.items()
-        )
+        return self._tables.space_requested()
 
     async def begin_eviction(
         self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False

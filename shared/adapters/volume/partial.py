@@ -499,7 +499,7 @@ def held_by(seen: os.stat_result, named: int = 0) -> int:
 def measure_partial(object_id: ObjectId, directories: Directories) -> int | None:
     """Return the bytes that a partial file takes, None if there is none. Raises PartialHeld if it has a writer.
 
-    Nothing is written, and none can begin during the measurement. Who measures must hold the fetch's lease, or a writer
+    Nothing is written, and no writer can begin during the measurement. The caller holds the fetch's lease, or a writer
     may begin between the measurement and its use.
     """
     name = object_id + PART_SUFFIX

@@ -88,8 +88,9 @@ end
 local function unpack_fetch(packed)
   local readable, fields = pcall(cmsgpack.unpack, packed)
   if not readable or type(fields) ~= 'table' or type(fields[5]) ~= 'number' then return nil end
-  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job, trace, following, whole, views,
-        last_access, priority = unpack(fields)
+  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job, trace, following, partial =
+    unpack(fields)
+  local whole, views, last_access, priority = unpack(type(partial) == 'table' and partial or {})
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
                  worker = worker, source = source, lasts = lasts, held = held ~= 0 and held or nil,
                  job = job or 0, trace = trace or '', following = type(following) == 'table' and following or nil,
@@ -104,10 +105,13 @@ local function unpack_fetch(packed)
 end
 
 local function write_fetch(fetch, id)
+  local partial = 0
+  if fetch.whole or (fetch.views or 0) > 0 then
+    partial = {fetch.whole or 0, fetch.views or 0, fetch.last_access or 0, fetch.priority or 0}
+  end
   redis.call('HSET', fetches, id or object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
     fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now), fetch.held or 0,
-    fetch.job or 0, fetch.trace or '', fetch.following or 0, fetch.whole or 0, fetch.views or 0,
-    fetch.last_access or 0, fetch.priority or 0}))
+    fetch.job or 0, fetch.trace or '', fetch.following or 0, partial}))
 end
 
 local function peek_fetch(id)
