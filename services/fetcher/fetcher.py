@@ -110,7 +110,11 @@ class Fetcher:
         window = None
         if fetch.window is not None:
             window = WindowLimits(
-                fetch.window, fetch.window_above, fetch.viewer_timeout, self._has_spare_time
+                fetch.window,
+                fetch.window_above,
+                settings.public_api.far_range_distance,
+                fetch.viewer_timeout,
+                self._has_spare_time,
             )
         limits = FetchLimits(
             storage.largest_cached_size, fetch.space_wait, settings.caching_rules, self._side_streams, window

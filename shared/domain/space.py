@@ -252,16 +252,20 @@ class FetchWindow:
     """Decides how far the streams of one fetch read. Times are monotonic seconds.
 
     1. A stream goes on while a viewer that it reads for is less than `window` bytes behind it.
-    2. The main stream also goes on towards a viewer that is as close ahead of it, and that no other stream reads for.
-       One that is further ahead gets a stream of its own, or is served from elsewhere.
+    2. The main stream also goes on towards a viewer that is near, ahead of it, and that no other stream reads for. One
+       that is further ahead gets a stream of its own, or is served from elsewhere.
     3. Without viewers it stays where the last ones were.
     4. There is no such limit while `completion` says why.
     """
 
-    def __init__(self, size: int, window: int, now: float, *, ordered: bool = False) -> None:
-        """`size`, `window`: in bytes. `ordered`: all of the object is wanted."""
+    def __init__(self, size: int, window: int, now: float, *, near: int = 0, ordered: bool = False) -> None:
+        """`size`, `window`: in bytes. `ordered`: all of the object is wanted.
+
+        `near`: bytes up to which a viewer ahead of the main stream waits for that, if they are more than the window.
+        """
         self.size = size
         self.window = window
+        self._near = max(window, near)
         self._lasting = Completion.ORDERED if ordered else None
         self._passing: Completion | None = Completion.VIEWERS_UNKNOWN
         self._viewers: Sequence[Viewer] = (Viewer(0, 0),)  # the last ones that there were
@@ -340,7 +344,7 @@ class FetchWindow:
                 continue
             if _reaches(position, missing):
                 return True
-            if main and position < missing <= position + self.window and missing not in filling:
+            if main and position < missing <= position + self._near and missing not in filling:
                 return True
         return False
 

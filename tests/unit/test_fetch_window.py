@@ -42,6 +42,13 @@ def test_the_main_stream_reads_a_window_ahead(viewer: int, read: int, goes_on: b
     assert rule(viewer).may_read(read, prefix(read)) is goes_on
 
 
+def test_the_main_stream_goes_to_viewers_that_wait_for_it() -> None:
+    window = FetchWindow(SIZE, MIB, 0.0, near=4 * MIB)
+    window.update(0.0, [Viewer(3 * MIB, 3 * MIB)])
+    assert window.may_read(0, prefix(0))
+    assert not window.may_read(4 * MIB, prefix(4 * MIB))
+
+
 def test_the_furthest_of_several_viewers_counts() -> None:
     assert rule(MIB, 30 * MIB, 2 * MIB).may_read(30 * MIB, prefix(30 * MIB))
     assert not rule(MIB, 30 * MIB, 2 * MIB).may_read(38 * MIB, prefix(38 * MIB))
