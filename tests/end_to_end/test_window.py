@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
@@ -97,10 +97,16 @@ def ranges(node: StorageNode) -> list[str | None]:
     return [record.range for record in node.requests.of(FILM.object_id, "GET")]
 
 
-async def start(harness: Harness, rate: int = 40 * MIB, *, both: bool = False, **settings: str) -> None:
+async def start(
+    harness: Harness,
+    settings: Mapping[str, str] | None = None,
+    *,
+    rate: int = 40 * MIB,
+    both: bool = False,
+) -> None:
     harness.publish([FILM, OTHER], both=both)
     harness.first.faults.add(Fault(bytes_per_second=rate))
-    harness.stack.environment |= SETTINGS | settings
+    harness.stack.environment |= SETTINGS | dict(settings or {})
     await harness.stack.up(workers=2)
 
 
@@ -169,7 +175,7 @@ async def test_an_abandoned_film_costs_what_was_watched_and_a_second_view_comple
 
 
 async def test_a_slow_viewer_gets_all_and_the_source_is_never_far_ahead(harness: Harness) -> None:
-    await start(harness, 8 * MIB)
+    await start(harness, rate=8 * MIB)
     ahead = []
     async with viewer(harness) as one:
         watching = asyncio.create_task(one.read_to(FILM.size, rate=4 * MIB))
@@ -186,7 +192,7 @@ async def test_a_slow_viewer_gets_all_and_the_source_is_never_far_ahead(harness:
 
 async def test_viewers_of_two_processes_are_followed(harness: Harness) -> None:
     """Of several viewers the furthest counts, whichever process serves it."""
-    await start(harness, DISTRIBUTOR_FETCH__VIEWER_TIMEOUT="60")
+    await start(harness, {"DISTRIBUTOR_FETCH__VIEWER_TIMEOUT": "60"})
     async with viewer(harness) as one, viewer(harness) as two, viewer(harness) as three:
         for position in (2 * MIB, 8 * MIB, 14 * MIB):
             for client in (one, two, three):
@@ -232,9 +238,11 @@ async def test_a_source_that_closes_during_a_pause_is_not_blamed(harness: Harnes
 async def test_a_killed_fetcher_loses_nothing_that_it_had_named(harness: Harness) -> None:
     await start(
         harness,
-        DISTRIBUTOR_FETCH__VIEWER_TIMEOUT="60",
-        DISTRIBUTOR_FETCH__LEASE="2",
-        DISTRIBUTOR_FETCH__LEASE_RENEWAL="0.5",
+        {
+            "DISTRIBUTOR_FETCH__VIEWER_TIMEOUT": "60",
+            "DISTRIBUTOR_FETCH__LEASE": "2",
+            "DISTRIBUTOR_FETCH__LEASE_RENEWAL": "0.5",
+        },
     )
     async with viewer(harness) as one:
         await one.read_to(2 * MIB)
@@ -250,13 +258,13 @@ async def test_a_killed_fetcher_loses_nothing_that_it_had_named(harness: Harness
     assert int(second.removeprefix("bytes=").partition("-")[0]) >= 2 * MIB + WINDOW
 
 
-@pytest.mark.parametrize("settings", [{"DISTRIBUTOR_FETCH__WINDOW": "off"}, {}])
-async def test_without_a_window_or_with_ample_room_all_is_fetched(
-    harness: Harness, settings: dict[str, str]
-) -> None:
-    if not settings:
-        settings = {"DISTRIBUTOR_STORAGE__LOW_WATERMARK": "0.8"}
-    await start(harness, **settings)
+@pytest.mark.parametrize(
+    "settings",
+    [{"DISTRIBUTOR_FETCH__WINDOW": "off"}, {"DISTRIBUTOR_STORAGE__LOW_WATERMARK": "0.8"}],
+    ids=["off", "ample_room"],
+)
+async def test_all_of_an_abandoned_film_is_fetched(harness: Harness, settings: Mapping[str, str]) -> None:
+    await start(harness, settings)
     async with viewer(harness) as one:
         await one.read_to(MIB)
     await harness.stack.until_hit(FILM.object_id)
