@@ -238,6 +238,26 @@ class Viewer:
     position: int  # of the next byte that it has not got
 
 
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """Where the clients of one process read an object that is being fetched."""
+
+    object_id: ObjectId
+    viewers: tuple[Viewer, ...] = ()  # empty: they have left, or are served from elsewhere
+    requested: bool = False  # a request has begun since the last report
+
+
+@dataclass(frozen=True, slots=True)
+class Followers:
+    """Where clients read an object that is being fetched, by what all processes have told lately."""
+
+    viewers: Sequence[Viewer] = ()
+    views: int = 0  # that have begun since the first request of the fetch
+    whole: bool = False  # all of the object was ordered, or it is pinned
+    told: bool = False  # a process has told of its clients, be it that there are none
+    untold: bool = False  # a process has clients and has not told where: one of the version before
+
+
 class Completion(StrEnum):
     """Why a fetch reads on, however far ahead of its viewers it is."""
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import Viewer
-from distributor_node.shared.ports.state_store import FetchPhase, Followers
+from distributor_node.shared.domain.space import Followers, Viewer
+from distributor_node.shared.ports.state_store import FetchPhase
 from tests.integration.assets_harness import MIB, AssetsHarness, assets_harness
 from tests.integration.test_assets_pending import ask
 from tests.waiting import eventually

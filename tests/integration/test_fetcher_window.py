@@ -18,8 +18,8 @@ from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.services.fetcher.side_streams import SideStreamPlaces, WindowLimits
 from distributor_node.shared.domain.jobs import Ack, JobOutcome
-from distributor_node.shared.domain.space import Viewer, footprint
-from distributor_node.shared.ports.state_store import FetchPhase, Followed
+from distributor_node.shared.domain.space import Followed, Viewer, footprint
+from distributor_node.shared.ports.state_store import FetchPhase
 from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness
 from tests.waiting import eventually
 

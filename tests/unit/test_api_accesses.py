@@ -13,8 +13,8 @@ from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import VIEW_WINDOW, Viewer
-from distributor_node.shared.ports.state_store import Access, Announcement, Followed, Followers, Topic
+from distributor_node.shared.domain.space import VIEW_WINDOW, Followed, Followers, Viewer
+from distributor_node.shared.ports.state_store import Access, Announcement, Topic
 from distributor_node.shared.waiting import background
 from tests.counters import counted
 from tests.waiting import eventually
