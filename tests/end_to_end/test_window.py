@@ -205,7 +205,8 @@ async def test_viewers_of_two_processes_are_followed(harness: Harness) -> None:
 
 
 async def test_a_paused_download_leaves_its_slot_to_others(harness: Harness) -> None:
-    await start(harness, DISTRIBUTOR_FETCH__CONCURRENCY="1", DISTRIBUTOR_FETCH__CONCURRENCY_PER_SOURCE="1")
+    one_slot = {"DISTRIBUTOR_FETCH__CONCURRENCY": "1", "DISTRIBUTOR_FETCH__CONCURRENCY_PER_SOURCE": "1"}
+    await start(harness, one_slot)
     async with viewer(harness) as one:
         await one.read_to(MIB)
 
