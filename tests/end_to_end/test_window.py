@@ -102,9 +102,8 @@ async def start(
     settings: Mapping[str, str] | None = None,
     *,
     rate: int = 40 * MIB,
-    both: bool = False,
 ) -> None:
-    harness.publish([FILM, OTHER], both=both)
+    harness.publish([FILM, OTHER])
     harness.first.faults.add(Fault(bytes_per_second=rate))
     harness.stack.environment |= SETTINGS | dict(settings or {})
     await harness.stack.up(workers=2)
@@ -224,14 +223,13 @@ async def test_a_paused_download_leaves_its_slot_to_others(harness: Harness) -> 
 
 async def test_a_source_that_closes_during_a_pause_is_not_blamed(harness: Harness) -> None:
     harness.first.faults.add(Fault(cut_after=20 * MIB), Match(first=1, object_id=FILM.object_id))
-    await start(harness, both=True)
+    await start(harness)
     async with viewer(harness) as one:
         await one.read_to(MIB)
         await asyncio.sleep(1.0)
         await one.read_to(FILM.size * 3 // 4, rate=10 * MIB)
         await one.read_to(FILM.size)
     assert ranges(harness.first) == [None, f"bytes={20 * MIB}-{FILM.size - 1}"]
-    assert not harness.second.requests.of(FILM.object_id)
     page = (await get(f"{harness.stack.of('fetcher')[0].health_url}/metrics")).body.decode()
     assert "distributor_source_failures_total{" not in page
 
