@@ -70,7 +70,7 @@ from distributor_node.shared.ports.state_store import (
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.runtime.threads import BlockingPool
-from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.settings.model import FetchSettings, Settings
 from distributor_node.shared.waiting import Backoff, background
 
 _SPARE_THREADS = 2
@@ -80,6 +80,11 @@ _USAGE_INTERVAL = 2.0
 """Seconds between two looks at the usage, for large objects of which more may be read than viewers need."""
 
 logger = structlog.get_logger()
+
+
+def max_connections(fetch: FetchSettings) -> int:
+    """Return how many connections to sources a fetcher has at once: of its downloads, and of streams beside them."""
+    return SlotLimits(fetch.concurrency, fetch.concurrency_per_source).connections + fetch.side_streams
 
 
 class Fetcher:
