@@ -210,7 +210,7 @@ async def test_a_paused_download_leaves_its_slot_to_others(harness: Harness) -> 
         await one.read_to(MIB)
 
         async def paused() -> bool:
-            return await metric(harness, "distributor_downloads_paused") == 1
+            return await metric(harness, "distributor_paused_downloads_in_progress") == 1
 
         await eventually(paused, pause=0.1)
         async with viewer(harness, OTHER) as other:
