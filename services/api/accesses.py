@@ -19,10 +19,10 @@ import structlog
 
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import ViewCoalescer, Viewer
+from distributor_node.shared.domain.space import Followed, ViewCoalescer, Viewer
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import DROPPED_ACCESSES
-from distributor_node.shared.ports.state_store import MAX_VIEWED, MAX_WANTED, Access, Followed, StateStore
+from distributor_node.shared.ports.state_store import MAX_VIEWED, MAX_WANTED, Access, StateStore
 from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.waiting import background
 

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import structlog
 
+from distributor_node.services.fetcher.admission import Admitted
 from distributor_node.services.fetcher.download import (
     REHASH_CHUNK,
     AllSourcesCorrupt,
@@ -82,24 +83,22 @@ class FetchRunner:
     async def run(
         self,
         media_object: MediaObject,
-        lease: Lease,
-        requested_at: float,
+        admitted: Admitted,
         record_failure: RecordFailure,
         slot: Slot | None = None,
         *,
         peer_use: PeerUse = PeerUse.FETCH,
         ordered: bool = False,
-        resumed: bool = True,
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
-        `requested_at`: the boot time before the lease was requested. `resumed`: whether the lease took over a
-        reservation. `slot`: see Worker. `peer_use`: what peers are asked. `ordered`: see FetchTask.
+        `slot`: see Worker. `peer_use`: what peers are asked. `ordered`: see FetchTask.
 
         A second copy that no peer can send is no failure: the next request for the object finds no fetch, and acts as
         if there had been none.
         """
-        renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
+        lease = admitted.lease
+        renewer = LeaseRenewer(self._state, lease, self._times, admitted.requested_at)
         fetch = _PartialFetch(
             self._state,
             self._volume,
@@ -107,7 +106,7 @@ class FetchRunner:
             self._disk,
             FetchTask(media_object, renewer, slot, peer_use, ordered),
             self._limits,
-            resumed=resumed,
+            resumed=admitted.resumed,
         )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
             try:

@@ -71,7 +71,7 @@ from distributor_node.shared.ports.state_store import (
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.runtime.threads import BlockingPool
-from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.settings.model import FetchSettings, Settings
 from distributor_node.shared.waiting import Backoff, background
 
 _SPARE_THREADS = 2
@@ -81,6 +81,11 @@ _USAGE_INTERVAL = 2.0
 """Seconds between two looks at the usage, for large objects of which more may be read than viewers need."""
 
 logger = structlog.get_logger()
+
+
+def max_connections(fetch: FetchSettings) -> int:
+    """Return how many connections to sources a fetcher has at once: of its downloads, and of streams beside them."""
+    return SlotLimits(fetch.concurrency, fetch.concurrency_per_source).connections + fetch.side_streams
 
 
 class Fetcher:
@@ -111,7 +116,11 @@ class Fetcher:
         window = None
         if fetch.window is not None:
             window = WindowLimits(
-                fetch.window, fetch.window_above, fetch.viewer_timeout, self._has_spare_time
+                fetch.window,
+                fetch.window_above,
+                settings.public_api.far_range_distance,
+                fetch.viewer_timeout,
+                self._has_spare_time,
             )
         limits = FetchLimits(
             storage.largest_cached_size, fetch.space_wait, settings.caching_rules, self._side_streams, window
@@ -297,13 +306,11 @@ class Worker:
                 record_failure = partial(self._failure_recorder.record, job)
                 return await self._fetch_runner.run(
                     job.media_object,
-                    admitted.lease,
-                    admitted.requested_at,
+                    admitted,
                     record_failure,
                     slot,
                     peer_use=_peer_use(job),
                     ordered=job.low_priority,
-                    resumed=admitted.resumed,
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:

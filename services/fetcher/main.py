@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distributor_node.services.fetcher.fetcher import Fetcher
+from distributor_node.services.fetcher.fetcher import Fetcher, max_connections
 from distributor_node.shared.observability.metrics import describe_build, render_in_thread
 from distributor_node.shared.observability.probe_server import Probes, ProbeServer, ready_without
 from distributor_node.shared.runtime.factories import (
@@ -43,13 +43,13 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
     volume = build_volume(settings)
     resources.callback(volume.close)
     state, queue, catalog = build_state_store(settings), build_job_queue(settings), build_catalog(settings)
-    client = build_source_client(settings, max_connections=settings.fetch.concurrency)
+    client = build_source_client(settings, max_connections=max_connections(settings.fetch))
     stats_sync = build_source_stats_sync(settings)
     for opened in (catalog, state, queue, stats_sync, client):
         resources.push_async_callback(opened.close)
         await opened.open()
     scope.reloads.extend(reloads_of(catalog))
-    peers = build_peers(settings, stats_sync.registry, max_connections=settings.fetch.concurrency)
+    peers = build_peers(settings, stats_sync.registry, max_connections=max_connections(settings.fetch))
     if peers is not None:
         await resources.enter_async_context(peers)
     failover_reader = build_failover_reader(client, stats_sync.registry, peers)

@@ -71,6 +71,11 @@ class SlotLimits:
         """Downloads that may wait for their viewers, as part of `waiting`."""
         return self.waiting // 2
 
+    @property
+    def connections(self) -> int:
+        """Connections of downloads at once. Those that wait for their viewers keep theirs."""
+        return self.total + self.paused
+
 
 class Slot:
     """The right of one job to download. It counts for the source in use."""

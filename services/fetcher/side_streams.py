@@ -157,6 +157,7 @@ class WindowLimits:
 
     window: int  # bytes
     above: int = 0  # bytes of an object up to which all of it is read
+    near: int = 4 * 1024 * 1024  # bytes up to which viewers ahead of the main stream wait for it
     viewer_timeout: float = 30.0  # seconds without viewers after which a fetch ends
     has_spare_time: Callable[[Slot | None], Awaitable[bool]] | None = None
     """Whether nothing else is to be fetched, and there is room: then all of it is read."""
@@ -179,7 +180,7 @@ class ViewerWindow:
         self._slot = task.slot
         self._limits = limits
         self._clock = clock
-        self.rule = FetchWindow(size, limits.window, clock(), ordered=task.ordered)
+        self.rule = FetchWindow(size, limits.window, clock(), near=limits.near, ordered=task.ordered)
         self._reading = 0  # side streams that are not held back
         self._held_at: float | None = (
             None  # since when the main stream is held back, or waits for a side stream
@@ -190,6 +191,7 @@ class ViewerWindow:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Follow the viewers during the block. Ends it and raises FetchPaused when they have been gone for long."""
+        await self._look(self._clock())  # of a fetch that is resumed, enough may be there
         watching = asyncio.create_task(self._watch(), name=f"window-{self._object_id}")
         # A timeout without a deadline, as in LeaseRenewer.
         scope = asyncio.timeout(None)

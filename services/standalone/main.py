@@ -12,7 +12,7 @@ import structlog
 from distributor_node.services.api.service import make_context, serve_api
 from distributor_node.services.evictor.evictor import Evictor
 from distributor_node.services.evictor.main import build_source_monitor
-from distributor_node.services.fetcher.fetcher import Fetcher
+from distributor_node.services.fetcher.fetcher import Fetcher, max_connections
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
 from distributor_node.shared.observability.metrics import describe_build
 from distributor_node.shared.ports.state_store import StateStore
@@ -124,12 +124,12 @@ async def run_standalone(
     stats_sync = await resources.enter_async_context(build_source_stats_sync(settings))
     monitor = await resources.enter_async_context(build_source_monitor(settings, catalog, stats_sync))
     downloads = await resources.enter_async_context(
-        build_source_client(settings, max_connections=settings.fetch.concurrency)
+        build_source_client(settings, max_connections=max_connections(settings.fetch))
     )
     proxying = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
-    most = settings.fetch.concurrency + settings.public_api.max_proxied
+    most = max_connections(settings.fetch) + settings.public_api.max_proxied
     peers = build_peers(settings, stats_sync.registry, max_connections=most)
     if peers is not None:
         await resources.enter_async_context(peers)

@@ -247,6 +247,26 @@ class Viewer:
     position: int  # of the next byte that it has not got
 
 
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """Where the clients of one process read an object that is being fetched."""
+
+    object_id: ObjectId
+    viewers: tuple[Viewer, ...] = ()  # empty: they have left, or are served from elsewhere
+    requested: bool = False  # a request has begun since the last report
+
+
+@dataclass(frozen=True, slots=True)
+class Followers:
+    """Where clients read an object that is being fetched, by what all processes have told lately."""
+
+    viewers: Sequence[Viewer] = ()
+    views: int = 0  # that have begun since the first request of the fetch
+    whole: bool = False  # all of the object was ordered, or it is pinned
+    told: bool = False  # a process has told of its clients, be it that there are none
+    untold: bool = False  # a process has clients and has not told where: one of the version before
+
+
 class Completion(StrEnum):
     """Why a fetch reads on, however far ahead of its viewers it is."""
 
@@ -261,16 +281,20 @@ class FetchWindow:
     """Decides how far the streams of one fetch read. Times are monotonic seconds.
 
     1. A stream goes on while a viewer that it reads for is less than `window` bytes behind it.
-    2. The main stream also goes on towards a viewer that is as close ahead of it, and that no other stream reads for.
-       One that is further ahead gets a stream of its own, or is served from elsewhere.
+    2. The main stream also goes on towards a viewer that is near, ahead of it, and that no other stream reads for. One
+       that is further ahead gets a stream of its own, or is served from elsewhere.
     3. Without viewers it stays where the last ones were.
     4. There is no such limit while `completion` says why.
     """
 
-    def __init__(self, size: int, window: int, now: float, *, ordered: bool = False) -> None:
-        """`size`, `window`: in bytes. `ordered`: all of the object is wanted."""
+    def __init__(self, size: int, window: int, now: float, *, near: int = 0, ordered: bool = False) -> None:
+        """`size`, `window`: in bytes. `ordered`: all of the object is wanted.
+
+        `near`: bytes up to which a viewer ahead of the main stream waits for that, if they are more than the window.
+        """
         self.size = size
         self.window = window
+        self._near = max(window, near)
         self._lasting = Completion.ORDERED if ordered else None
         self._passing: Completion | None = Completion.VIEWERS_UNKNOWN
         self._viewers: Sequence[Viewer] = (Viewer(0, 0),)  # the last ones that there were
@@ -349,7 +373,7 @@ class FetchWindow:
                 continue
             if _reaches(position, missing):
                 return True
-            if main and position < missing <= position + self.window and missing not in filling:
+            if main and position < missing <= position + self._near and missing not in filling:
                 return True
         return False
 

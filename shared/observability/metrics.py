@@ -302,7 +302,7 @@ DOWNLOADS_IN_PROGRESS = Gauge(
     "distributor_downloads_in_progress", "Objects being downloaded.", multiprocess_mode="livesum"
 )
 DOWNLOADS_PAUSED = Gauge(
-    "distributor_downloads_paused",
+    "distributor_paused_downloads_in_progress",
     "Downloads of large objects that wait for their viewers to come nearer.",
     multiprocess_mode="livesum",
 )

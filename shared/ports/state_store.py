@@ -29,7 +29,7 @@ from distributor_node.shared.domain.operator_state import (
     Warming,
     WarmingScope,
 )
-from distributor_node.shared.domain.space import AdmissionQuestion, Usage, Viewer, footprint
+from distributor_node.shared.domain.space import AdmissionQuestion, Followed, Followers, Usage, footprint
 
 # Fetches
 
@@ -197,26 +197,6 @@ MAX_WANTED = 64
 
 FOLLOWER_MEMORY = 5.0
 """Seconds that the store remembers where the clients of a process read an object that is being fetched."""
-
-
-@dataclass(frozen=True, slots=True)
-class Followed:
-    """Where the clients of one process read an object that is being fetched."""
-
-    object_id: ObjectId
-    viewers: tuple[Viewer, ...] = ()  # empty: they have left, or are served from elsewhere
-    requested: bool = False  # a request has begun since the last report
-
-
-@dataclass(frozen=True, slots=True)
-class Followers:
-    """Where clients read an object that is being fetched, by what all processes have told lately."""
-
-    viewers: Sequence[Viewer] = ()
-    views: int = 0  # that have begun since the first request of the fetch
-    whole: bool = False  # all of the object was ordered, or it is pinned
-    told: bool = False  # a process has told of its clients, be it that there are none
-    untold: bool = False  # a process has clients and has not told where: one of the version before
 
 
 # The index

@@ -1,4 +1,4 @@
-"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024, or off; numbers of things; settings that may follow the traffic: auto, 30x."""
+"""Sizes with units: 500G, 1.5 TiB, 1024, or off; numbers of things; settings that follow the traffic: auto, 30x."""
 
 from __future__ import annotations
 

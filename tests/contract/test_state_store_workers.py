@@ -9,12 +9,11 @@ import pytest
 from distributor_node.shared.adapters.state_memory import tables as records_in_memory
 from distributor_node.shared.adapters.state_redis import store as records_on_redis
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import VIEW_WINDOW, Viewer
+from distributor_node.shared.domain.space import VIEW_WINDOW, Followed, Viewer
 from distributor_node.shared.ports import state_store
 from distributor_node.shared.ports.state_store import (
     FOLLOWER_MEMORY,
     FetchPhase,
-    Followed,
     Granted,
     WorkerReport,
 )

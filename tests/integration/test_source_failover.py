@@ -428,3 +428,43 @@ class TestRates:
         received, given = await harness.read(sources=harness.sources[:1])
         assert (received, given) == (DATA, harness.sources[:1])
         assert len(harness.nodes[0].requests) == 1
+
+
+class TestPauses:
+    """A reader that does not read for a while."""
+
+    async def read_with_a_pause(self, harness: Harness, seconds: float) -> tuple[bytes, list[str]]:
+        wanted = MediaObject(ObjectId.parse("7"), SIZE, HASH)
+        received, given = bytearray(), list[str]()
+        async with aclosing(harness.failover_reader.stream(wanted, 0, None, harness.sources)) as pieces:
+            async for piece in pieces:
+                if not received:
+                    await asyncio.sleep(seconds)
+                received += piece.data
+                given.append(piece.source)
+        return bytes(received), list(dict.fromkeys(given))
+
+    @pytest.mark.parametrize("reset", [True, False])
+    async def test_a_source_that_closes_during_one_is_asked_again(
+        self, harness: Harness, reset: bool
+    ) -> None:
+        harness.nodes[0].faults.add(
+            Fault(bytes_per_second=100_000, cut_after=50_000, cut_by_reset=reset), Match(first=1)
+        )
+        assert await self.read_with_a_pause(harness, 0.8) == (DATA, harness.sources[:1])
+        first, second = harness.nodes[0].requests
+        assert first.range is None
+        assert second.range is not None
+        assert not harness.failover_reader.health.is_penalised(harness.sources[0])
+
+    async def test_one_that_closes_while_it_is_read_is_blamed(self, harness: Harness) -> None:
+        harness.nodes[0].faults.add(Fault(bytes_per_second=1_000_000, cut_after=50_000))
+        assert await self.read_with_a_pause(harness, 0.0) == (DATA, harness.sources[:2])
+        assert harness.failover_reader.health.is_penalised(harness.sources[0])
+
+    async def test_what_was_buffered_in_a_pause_is_no_rate(self, harness: Harness) -> None:
+        harness.nodes[0].faults.add(Fault(bytes_per_second=40_000))
+        await self.read_with_a_pause(harness, 1.25)  # half of it has come then
+        rate = harness.failover_reader.health.rate_of(harness.sources[0])
+        assert rate is not None
+        assert rate <= 60_000

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
-from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.accesses import MAX_FOLLOWERS, AccessCounter, Viewers
 from distributor_node.services.api.fetch_capacity import FetchEvents
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
-from distributor_node.shared.domain.space import VIEW_WINDOW
+from distributor_node.shared.domain.space import VIEW_WINDOW, Followed, Followers, Viewer
 from distributor_node.shared.ports.state_store import Access, Announcement, Topic
+from distributor_node.shared.waiting import background
 from tests.counters import counted
+from tests.waiting import eventually
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 
@@ -184,3 +186,93 @@ async def test_the_partial_files_of_a_volume_that_is_mounted_later_are_watched(t
         listener.cancel()
         await asyncio.wait({listener})
         volume.close()
+
+
+MIB = 1024 * 1024
+WINDOW = 8 * MIB
+
+
+class ReportedStore(MemoryStateStore):
+    """One that keeps what was reported."""
+
+    def __init__(self) -> None:
+        super().__init__(1000, StateTimeouts(), time.time)
+        self.reports: list[Followed] = []
+        self.down = False
+
+    async def record_followers(self, process: str, followed: Sequence[Followed]) -> None:
+        if self.down:
+            raise StateStoreUnavailable("away")
+        self.reports += followed
+        await super().record_followers(process, followed)
+
+
+class TestFollowers:
+    async def test_where_a_viewer_is_counts_while_it_follows(self) -> None:
+        store, position = ReportedStore(), 5
+        await store.claim(ONE, "api-1")
+        viewers = Viewers(store, WINDOW)
+        with viewers.viewing(ONE, lambda: position), viewers.requesting(ONE, 3, lambda: position) as one:
+            await viewers.report()
+            assert await store.followers(ONE) == Followers((), views=1, told=True)
+            viewers.follow(one)
+            await viewers.report()
+            position = 9
+            await viewers.report()
+            assert (await store.followers(ONE)).viewers == (Viewer(3, 9),)
+        await viewers.report()
+        assert await store.followers(ONE) == Followers((), views=1, told=True)
+        assert [report.requested for report in store.reports] == [True, False, False, False]
+        await viewers.report()
+        assert len(store.reports) == 4  # nothing is left to tell
+
+    async def test_a_request_and_news_of_its_viewer_are_told_at_once(self) -> None:
+        store, position = ReportedStore(), 0
+        viewers = Viewers(store, WINDOW)
+        async with background(viewers.run(), "viewers"):
+            with viewers.requesting(ONE, 0, lambda: position) as one:
+                viewers.follow(one)
+                await eventually(lambda: Followed(ONE, (Viewer(0, 0),), requested=True) in store.reports)
+                before = len(store.reports)
+                while position < 6 * MIB:
+                    position += 64 * 1024
+                    viewers.come_near(one)
+                    await asyncio.sleep(0)
+                await eventually(lambda: len(store.reports) > before)
+                viewers.come_near(one)
+                told = len(store.reports) - before
+                assert told <= 4  # not for each piece that was sent
+                assert store.reports[-1].viewers[0].position >= 2 * MIB
+
+    async def test_viewers_at_one_place_are_one_and_at_too_many_are_unknown(self) -> None:
+        store = ReportedStore()
+        await store.claim(ONE, "api-1")
+        viewers = Viewers(store, WINDOW)
+
+        def follow(position: int) -> None:
+            one = viewers.requesting(ONE, 0, lambda: position)
+            opened.append(one)
+            viewers.follow(one.__enter__())
+
+        opened: list[Any] = []
+        for number in range(3 * MAX_FOLLOWERS):
+            follow(100 + number)
+        await viewers.report()
+        assert (await store.followers(ONE)).viewers == (Viewer(0, 99 + 3 * MAX_FOLLOWERS),)
+        await asyncio.sleep(0.002)
+        for number in range(MAX_FOLLOWERS + 1):
+            follow(number * 3 * MIB)
+        await viewers.report()
+        assert (await store.followers(ONE)).untold
+        for one in opened:
+            one.__exit__(None, None, None)
+
+    async def test_a_request_that_could_not_be_told_is_told_later(self) -> None:
+        store = ReportedStore()
+        viewers = Viewers(store, WINDOW)
+        store.down = True
+        with viewers.requesting(ONE, 0, lambda: 0):
+            await viewers.report()
+        store.down = False
+        await viewers.report()
+        assert store.reports == [Followed(ONE, requested=True)]

@@ -22,6 +22,10 @@ def rule(*positions: int, first: int = 0) -> FetchWindow:
     return window
 
 
+def reason(window: FetchWindow) -> Completion | None:
+    return window.completion
+
+
 def prefix(size: int) -> Extents:
     return Extents.of((0, size))
 
@@ -40,6 +44,13 @@ def prefix(size: int) -> Extents:
 )
 def test_the_main_stream_reads_a_window_ahead(viewer: int, read: int, goes_on: bool) -> None:
     assert rule(viewer).may_read(read, prefix(read)) is goes_on
+
+
+def test_the_main_stream_goes_to_viewers_that_wait_for_it() -> None:
+    window = FetchWindow(SIZE, MIB, 0.0, near=4 * MIB)
+    window.update(0.0, [Viewer(3 * MIB, 3 * MIB)])
+    assert window.may_read(0, prefix(0))
+    assert not window.may_read(4 * MIB, prefix(4 * MIB))
 
 
 def test_the_furthest_of_several_viewers_counts() -> None:
@@ -84,7 +95,7 @@ def test_without_viewers_streams_stay_where_the_last_ones_were() -> None:
 
 def test_viewers_are_unknown_until_a_process_has_told_or_had_the_time_to() -> None:
     window = FetchWindow(SIZE, WINDOW, 0.0)
-    assert window.completion is Completion.VIEWERS_UNKNOWN
+    assert reason(window) is Completion.VIEWERS_UNKNOWN
     window.update(1.0, [], told=False)
     assert window.may_read(90 * MIB, prefix(90 * MIB))
     assert window.alone_for(4.0) == 0
@@ -100,19 +111,19 @@ def test_clients_of_a_process_that_does_not_tell_where_they_are_never_wait() -> 
     window.update(2.0, [Viewer(0, MIB)], untold=True)
     assert window.may_read(90 * MIB, prefix(90 * MIB))
     window.update(4.0, [Viewer(0, MIB)])  # between two reports of the other process
-    assert window.completion is Completion.VIEWERS_UNKNOWN
+    assert reason(window) is Completion.VIEWERS_UNKNOWN
     assert window.alone_for(4.0) == 0
     window.update(7.5, [])
-    assert window.completion is None
+    assert reason(window) is None
 
 
 def test_a_second_view_completes_it_for_good() -> None:
     window = rule(MIB)
     window.update(1.0, [Viewer(0, MIB)], views=1)
-    assert window.completion is None
+    assert reason(window) is None
     window.update(2.0, [Viewer(0, MIB)], views=2)
     window.update(3.0, [], views=1)
-    assert window.completion is Completion.SECOND_VIEW
+    assert reason(window) is Completion.SECOND_VIEW
     assert window.may_read(50 * MIB, prefix(50 * MIB))
     assert window.has_viewer_of(50 * MIB, prefix(50 * MIB))
 
@@ -121,15 +132,15 @@ def test_what_the_operator_orders_is_complete() -> None:
     assert FetchWindow(SIZE, WINDOW, 0.0, ordered=True).completion is Completion.ORDERED
     window = rule(MIB)
     window.update(1.0, [], ordered=True)
-    assert window.completion is Completion.ORDERED
+    assert reason(window) is Completion.ORDERED
 
 
 def test_spare_time_is_used_while_it_lasts() -> None:
     window = rule(MIB)
     window.update(1.0, [Viewer(0, MIB)], spare_time=True)
-    assert window.completion is Completion.SPARE_TIME
+    assert reason(window) is Completion.SPARE_TIME
     window.update(2.0, [Viewer(0, MIB)])
-    assert window.completion is None
+    assert reason(window) is None
 
 
 @pytest.mark.parametrize(

@@ -263,3 +263,65 @@ async def test_without_the_state_store_jobs_run_in_the_order_of_their_arrival(tm
         await one.end(1)
         assert one.started == [1, 2]
     await store.close()
+
+
+async def test_a_paused_download_leaves_its_slot_and_takes_one_again_at_once() -> None:
+    async with world(total=1, per_source=1) as one:
+        await one.take(job(1), job(2), job(3))
+        slot = one.outcome(1)
+        assert isinstance(slot, Slot)
+        slot.pause()
+        await settle()
+        assert one.started == [1, 2]
+        assert one.scheduler.report().running == 1
+        slot.resume()
+        slot.resume()
+        assert one.scheduler.report().running == 2
+        await one.end(2)
+        assert one.started == [1, 2]  # the slot is taken
+        await one.end(1)
+        assert one.started == [1, 2, 3]
+
+
+async def test_a_download_that_ends_while_it_is_paused_frees_nothing_twice() -> None:
+    async with world(total=2, per_source=2) as one:
+        await one.take(job(1), job(2))
+        slot = one.outcome(1)
+        assert isinstance(slot, Slot)
+        slot.pause()
+        slot.move_to("http://other/files/1")
+        await one.end(1)
+        assert one.scheduler.report().running == 1
+        assert one.scheduler.report().full_sources == ()
+
+
+async def test_of_too_many_paused_downloads_the_first_is_asked_to_end() -> None:
+    limits = SlotLimits(1, 9)
+    async with world(total=1, per_source=9) as one:
+        slots = []
+        for number in range(1, limits.paused + 3):
+            await one.take(job(number))
+            slot = one.outcome(number)
+            assert isinstance(slot, Slot)
+            slots.append(slot)
+            slot.pause()
+        assert [slot.is_displaced for slot in slots] == [True, True] + [False] * limits.paused
+        slots[0].resume()  # a viewer has come
+        assert not slots[0].is_displaced
+
+
+async def test_what_no_viewer_needs_is_read_only_while_no_job_waits() -> None:
+    async with world(total=2, per_source=1) as one:
+        await one.take(job(1))
+        slot = one.outcome(1)
+        assert isinstance(slot, Slot)
+        assert one.scheduler.has_spare_slot(slot)
+        slot.pause()
+        assert one.scheduler.has_spare_slot(slot)
+        await one.take(job(2))  # of the same source
+        assert not one.scheduler.has_spare_slot(slot)
+        await one.take(job(3))
+        slot.resume()
+        assert not one.scheduler.has_spare_slot(slot)
+        await one.end(2)
+        await one.end(1)

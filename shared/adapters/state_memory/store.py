@@ -16,7 +16,7 @@ from distributor_node.shared.domain.operator_state import (
     Warming,
     WarmingScope,
 )
-from distributor_node.shared.domain.space import AdmissionQuestion, Usage, footprint
+from distributor_node.shared.domain.space import AdmissionQuestion, Followed, Followers, Usage, footprint
 from distributor_node.shared.ports.state_store import (
     MAX_VIEWED,
     VIEWER_MEMORY,
@@ -28,8 +28,6 @@ from distributor_node.shared.ports.state_store import (
     FailureCause,
     Fetch,
     FetchPhase,
-    Followed,
-    Followers,
     Granted,
     HeldElsewhere,
     IndexEntry,
@@ -346,10 +344,7 @@ class MemoryStateStore:
         return self._tables.followers(object_id)
 
     async def order_whole(self, object_id: ObjectId) -> None:
-        row = self._tables.rows.get(object_id)
-        if row is not None:
-            following = replace(row.following, whole=True)
-            self._tables.rows[object_id] = replace(row, following=following)
+        self._tables.order_whole(object_id)
 
     # Reports of processes
 

@@ -17,6 +17,8 @@ from distributor_node.shared.domain.operator_state import OperatorState, Warming
 from distributor_node.shared.domain.space import (
     VIEW_WINDOW,
     AdmissionQuestion,
+    Followed,
+    Followers,
     SecondHitAdmission,
     Viewer,
     footprint,
@@ -31,8 +33,6 @@ from distributor_node.shared.ports.state_store import (
     FailureCause,
     Fetch,
     FetchPhase,
-    Followed,
-    Followers,
     IndexEntry,
     Lease,
     ObjectStatus,
@@ -169,6 +169,11 @@ class Tables:
         if row is not None:
             following = row.following.with_report(process, followed, self.clock())
             self.rows[followed.object_id] = replace(row, following=following)
+
+    def order_whole(self, object_id: ObjectId) -> None:
+        row = self.rows.get(object_id)
+        if row is not None:
+            self.rows[object_id] = replace(row, following=replace(row.following, whole=True))
 
     def followers(self, object_id: ObjectId) -> Followers:
         row, now = self.rows.get(object_id), self.clock()

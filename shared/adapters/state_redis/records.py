@@ -10,7 +10,7 @@ from typing import Any
 
 from distributor_node.shared.domain.eviction.policy import FIRST_COST_FACTOR, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import Viewer
+from distributor_node.shared.domain.space import Followed, Followers, Viewer
 from distributor_node.shared.ports.state_store import (
     ACCESS_TIME_RESOLUTION,
     Access,
@@ -19,8 +19,6 @@ from distributor_node.shared.ports.state_store import (
     FailureCause,
     Fetch,
     FetchPhase,
-    Followed,
-    Followers,
     IndexEntry,
     ObjectStatus,
     PolicyState,

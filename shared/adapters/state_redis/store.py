@@ -42,7 +42,14 @@ from distributor_node.shared.domain.operator_state import (
     encode_operator_state,
     encode_warming,
 )
-from distributor_node.shared.domain.space import MAX_FIRST_VIEWS, VIEW_WINDOW, AdmissionQuestion, Usage
+from distributor_node.shared.domain.space import (
+    MAX_FIRST_VIEWS,
+    VIEW_WINDOW,
+    AdmissionQuestion,
+    Followed,
+    Followers,
+    Usage,
+)
 from distributor_node.shared.ports.state_store import (
     FOLLOWER_MEMORY,
     MAX_VIEWED,
@@ -56,8 +63,6 @@ from distributor_node.shared.ports.state_store import (
     Claim,
     FailureCause,
     Fetch,
-    Followed,
-    Followers,
     Granted,
     HeldElsewhere,
     IndexEntry,
