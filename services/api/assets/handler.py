@@ -392,6 +392,9 @@ class MissHandler:
                     self._context.volume.report_read_error(media_object.object_id, error)
             await self._pending_responder.proxy(pending)
             return
+        # Bytes of an earlier fetch are sent at once, as those of one that is going on. Looked for before the claim:
+        # after it a new fetch may have a file.
+        outcome = MISS if self._partial_representation(media_object.object_id) is None else PENDING
         admission = admission_question(self._context.settings, media_object.size)
         claim, start = await self._starter.start(
             media_object,
@@ -406,8 +409,6 @@ class MissHandler:
         if claim is None or (not claim.won and claim.status.failure is not None):
             await self._proxy(pending, claim.status.failure if claim is not None else None)
         elif claim.won:
-            # Bytes of an earlier fetch are sent at once, as those of one that is going on.
-            outcome = MISS if self._partial_representation(media_object.object_id) is None else PENDING
             await self._pending_responder.respond(replace(pending, outcome=outcome), start.publish_failed)
         else:
             fetch = claim.status.fetch
