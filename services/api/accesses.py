@@ -211,11 +211,16 @@ class Viewers:
                 self._left[object_id] = None
 
     @contextmanager
-    def requesting(self, object_id: ObjectId, first: int, position: Position) -> Iterator[Follower]:
-        """A client requests a large object during the block, of which it needs the bytes from `first` on."""
+    def requesting(
+        self, object_id: ObjectId, first: int, position: Position, *, begins_view: bool = True
+    ) -> Iterator[Follower]:
+        """A client requests a large object during the block, of which it needs the bytes from `first` on.
+
+        `begins_view`: it may be a new viewer, not one that reads on or jumps.
+        """
         follower = Follower(object_id, first, position)
         self._followers.setdefault(object_id, {})[follower] = None
-        self._followed[object_id] = True
+        self._followed[object_id] = begins_view or self._followed.get(object_id, False)
         self._tell(object_id)
         try:
             yield follower

@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from distributor_node.services.fetcher.lease import FetchTask, LeaseRenewer
+from distributor_node.services.fetcher.admission import FetchTask, LeaseRenewer
 from distributor_node.services.fetcher.side_streams import (
     MIN_SIZE,
     SentPart,

@@ -21,14 +21,19 @@ from dataclasses import replace
 
 import structlog
 
-from distributor_node.services.fetcher.admission import Admitted
+from distributor_node.services.fetcher.admission import (
+    Admitted,
+    FetchTask,
+    LeaseLost,
+    LeaseRenewer,
+    LeaseTimes,
+)
 from distributor_node.services.fetcher.download import (
     REHASH_CHUNK,
     AllSourcesCorrupt,
     Download,
     FetchLimits,
 )
-from distributor_node.services.fetcher.lease import FetchTask, LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.services.fetcher.side_streams import FetchPaused
 from distributor_node.shared.adapters.sources.failover import FailoverReader

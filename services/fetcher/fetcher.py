@@ -16,10 +16,15 @@ from math import inf
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from distributor_node.services.fetcher.admission import Admission, AdmissionRules, Admitted, JobChecker
+from distributor_node.services.fetcher.admission import (
+    Admission,
+    AdmissionRules,
+    Admitted,
+    JobChecker,
+    LeaseTimes,
+)
 from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
-from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, SlotLimits
 from distributor_node.services.fetcher.side_streams import SideStreamPlaces, WindowLimits
 from distributor_node.shared.adapters.sources.client import SourceAnswer

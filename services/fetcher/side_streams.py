@@ -26,7 +26,7 @@ from typing import Protocol
 
 import structlog
 
-from distributor_node.services.fetcher.lease import FetchTask, LeaseLost
+from distributor_node.services.fetcher.admission import FetchTask, LeaseLost
 from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.sources.client import SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader, Preference

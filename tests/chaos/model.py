@@ -20,10 +20,9 @@ from unittest.mock import patch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules, LeaseTimes
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
-from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore

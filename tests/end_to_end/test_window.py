@@ -164,8 +164,8 @@ async def test_an_abandoned_film_costs_what_was_watched_and_a_second_view_comple
     assert ranges(harness.first)[1] is not None
     await let_the_view_end(harness)
     async with viewer(harness) as second:
-        await second.read_to(MIB)
-    await harness.stack.until_hit(FILM.object_id)
+        await second.read_to(FILM.size // 5 + MIB)
+        await harness.stack.until_hit(FILM.object_id)
     assert await metric(harness, 'distributor_windowed_fetches_total{reason="second_view"}') == 1
     async with viewer(harness) as third:
         assert third.headers["x-cache"] == "hit"

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from distributor_node.services.demo.objects import DemoObject, bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
-from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules, LeaseTimes
 from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
-from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry

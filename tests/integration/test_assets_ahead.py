@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.demo.faults import Fault
-from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules, LeaseTimes
 from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
-from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.services.fetcher.side_streams import SideStreamPlaces
 from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.jobs import RetryPlan

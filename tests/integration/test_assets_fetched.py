@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from distributor_node.services.demo.faults import Fault, Match
-from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules, LeaseTimes
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
-from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.objects import ObjectId

@@ -143,8 +143,7 @@ async def test_of_small_objects_nothing_is_told(harness: AssetsHarness) -> None:
     assert (found.told, found.untold) == (False, True)
     fetch.partial.close()
     await harness.context.state.park(fetch.lease)
-    await asyncio.sleep(0.3)
-    assert await harness.jobs() == 0
+    await eventually(harness.has_job)  # its follower starts it again, as that of a large one
     status = await harness.context.state.find(SMALL_ID)
     assert status.fetch is not None
-    assert status.fetch.phase is FetchPhase.PARKED
+    assert status.fetch.phase is not FetchPhase.PARKED

@@ -142,8 +142,8 @@ async def test_without_viewers_it_ends_and_keeps_what_it_has(harness: Harness) -
     assert status.failure is None
     assert status.fetch is not None
     assert (status.fetch.phase, status.fetch.size) == (FetchPhase.PARKED, SIZE)
-    assert (await harness.state.usage()).reserved == footprint(SIZE)
     held = harness.partial_size() or 0
+    assert (await harness.state.usage()).reserved == footprint(held)
     assert held >= MIB + WINDOW
     assert harness.nodes[0].requests[0].finished
     reader = harness.volume.open_partial(OBJECT_ID)
@@ -180,8 +180,12 @@ async def test_a_second_view_completes_it_although_it_ends_at_once(
     await claim(harness)
     with viewers(harness, 0) as viewer:
         fetching = start(harness)
-        await harness.until_partial(WINDOW)
+        for position in (WINDOW, 2 * WINDOW, SIZE // 5 + 1):
+            await harness.until_partial(position)
+            viewer.at(position)
+        await harness.until_partial(SIZE // 5 + WINDOW)
         await harness.state.record_followers("api-2", [Followed(OBJECT_ID, requested=True)])
+        await harness.until_partial(SIZE // 5 + WINDOW + 2 * MIB)
         viewer.viewers = []
         assert await fetching == Ack("fetched")
     assert harness.stored() == DATA

@@ -117,12 +117,14 @@ def test_clients_of_a_process_that_does_not_tell_where_they_are_never_wait() -> 
     assert reason(window) is None
 
 
-def test_a_second_view_completes_it_for_good() -> None:
-    window = rule(MIB)
-    window.update(1.0, [Viewer(0, MIB)], views=1)
+def test_a_second_view_that_stays_completes_it_for_good() -> None:
+    window, fifth = rule(MIB), SIZE // 5 + 1
+    window.update(1.0, [Viewer(0, fifth)], views=1)
     assert reason(window) is None
-    window.update(2.0, [Viewer(0, MIB)], views=2)
-    window.update(3.0, [], views=1)
+    window.update(2.0, [Viewer(0, fifth - MIB)], views=2)
+    assert reason(window) is None  # it only looks in
+    window.update(3.0, [Viewer(0, fifth)], views=2)
+    window.update(4.0, [], views=1)
     assert reason(window) is Completion.SECOND_VIEW
     assert window.may_read(50 * MIB, prefix(50 * MIB))
     assert window.has_viewer_of(50 * MIB, prefix(50 * MIB))

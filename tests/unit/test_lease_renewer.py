@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from distributor_node.services.evictor.leader_election import LeaderElection
-from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
+from distributor_node.services.fetcher.admission import LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.errors import StateStoreUnavailable

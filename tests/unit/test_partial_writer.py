@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from distributor_node.services.fetcher.admission import LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.download import PartialWriter
-from distributor_node.services.fetcher.lease import LeaseRenewer, LeaseTimes
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import PartialFile, Volume

@@ -28,8 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 from zlib import crc32
 
-from distributor_node.shared.domain.eviction.lazy_heap import PackedRecords
-from distributor_node.shared.domain.eviction.packed import PackedPolicy
+from distributor_node.shared.domain.eviction.packed import PackedPolicy, PackedRecords
 from distributor_node.shared.domain.eviction.policy import FIRST_COST_FACTOR, PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint

@@ -15,8 +15,7 @@ from array import array
 from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack, closing
 
-from distributor_node.shared.domain.eviction.lazy_heap import LazyHeap
-from distributor_node.shared.domain.eviction.packed import PackedPolicy
+from distributor_node.shared.domain.eviction.packed import LazyHeap, PackedPolicy
 from distributor_node.shared.domain.eviction.policy import PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 
