@@ -125,10 +125,11 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
 def _own_node(config: Path) -> OwnNode:
     from distributor_node.services.replay.run import OwnNode
     from distributor_node.services.replay.scenarios import NodeRules, Setting
+    from distributor_node.shared.domain.eviction.simulator import WindowRules
     from distributor_node.shared.settings import load_settings
 
     settings = load_settings(config)
-    storage, evictor, admission = settings.storage, settings.evictor, settings.admission
+    storage, evictor, admission, fetch = settings.storage, settings.evictor, settings.admission, settings.fetch
     rules = NodeRules(
         evictor.min_idle,
         storage.max_cached_item,
@@ -137,7 +138,8 @@ def _own_node(config: Path) -> OwnNode:
         admission.window,
     )
     cost = evictor.cost_per_miss if evictor.policy == "gdsf" else None
-    return OwnNode(Setting(evictor.policy, cost, admission.above_size), storage.limit, rules)
+    window = None if fetch.window is None else WindowRules(fetch.window, fetch.window_above)
+    return OwnNode(Setting(evictor.policy, cost, admission.above_size, window), storage.limit, rules)
 
 
 def _compared(text: str) -> list[str]:

@@ -326,7 +326,7 @@ def test_the_nodes_own_settings_are_simulated_too(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["replay", str(log), *options])
     assert done.exit_code == 0, done.output
     assert (
-        "As configured (lru, second view above auto, 5M): 0.0% of requests and 0.0% of bytes are hits"
+        "As configured (lru, second view above auto, window 8M, 5M): 0.0% of requests and 0.0% of bytes are hits"
         in done.output
     )
     assert "| 1G | lru-sp | 0.000 |" in done.output, "nor does a larger cache take what is too large"
