@@ -146,7 +146,7 @@ class Gdsf(PackedPolicy):
 
     def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
         slot = self._records.slots.get(object_id)
-        if slot is not None and self._search is not None:
+        if slot is not None and self._search is not None and self._search.classic.samples(object_id):
             self._search.classic.count_resident(object_id, self._records.sizes[slot], here=False)
         super().remove(object_id, evicted=evicted)
 
@@ -174,9 +174,9 @@ class Gdsf(PackedPolicy):
         priority = self.inflation + priority_above_inflation(size, weighed, self._miss_cost)
         records.priorities[slot] = priority
         self._heap.push(slot)
-        if self._search is not None:
+        if self._search is not None and self._search.classic.samples(object_id):
             self._search.classic.count_resident(object_id, size)
-            if begins_view and self._search.classic.samples(object_id):
+            if begins_view:
                 self._find_factor(self._search, object_id, size, 1, hit=False)
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
