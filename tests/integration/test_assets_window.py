@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import Followers, Viewer
 from distributor_node.shared.ports.state_store import FetchPhase
+from distributor_node.shared.waiting import background
 from tests.integration.assets_harness import MIB, AssetsHarness, assets_harness
 from tests.integration.test_assets_pending import ask
 from tests.waiting import eventually
@@ -92,6 +94,33 @@ async def test_a_failed_fetch_is_not_started_again_by_its_viewers(harness: Asset
     await harness.context.state.park(fetch.lease)
     assert await client.rest() == harness.data["1"][MIB:]  # from a source
     assert await harness.jobs() == 0
+
+
+async def test_a_job_that_is_refused_again_and_again_is_published_at_intervals(
+    harness: AssetsHarness,
+) -> None:
+    """What the worker refuses parks the fetch again, and tells all followers of it at once."""
+    state, published = harness.context.state, 0
+
+    async def refuse(job: FetchJob) -> JobOutcome:
+        nonlocal published
+        published += 1
+        fetch = (await state.find(job.object_id)).fetch
+        assert fetch is not None
+        await state.release_claim(job.object_id, fetch.worker)
+        return Ack("not_served")
+
+    async def on_dead_letter(job: FetchJob, reason: str) -> None: ...
+
+    fetch = await harness.begin("1", written=MIB)
+    for client in [await ask(harness, "1") for _ in range(3)]:
+        await client.read_head()
+        await client.take(MIB)
+    fetch.partial.close()
+    async with background(harness.queue.consume(refuse, 4, on_dead_letter), "worker"):
+        await state.park(fetch.lease)
+        await asyncio.sleep(1.0)
+    assert published == 1
 
 
 async def test_where_a_viewer_is_is_told_while_it_follows_the_fetch(harness: AssetsHarness) -> None:

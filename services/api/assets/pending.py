@@ -291,6 +291,8 @@ class PendingResponder:
         """
         if self._context.operator_state.current.draining:
             return
+        if not self._starter.may_start_again(pending.representation.object_id):
+            return
         try:
             media_object = pending.media_object or await self._look_up_matching(pending)
         except (HttpError, OutdatedDescription):
