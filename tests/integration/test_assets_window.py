@@ -152,6 +152,20 @@ async def test_heads_and_what_is_proxied_are_no_viewers(harness: AssetsHarness) 
     fetch.partial.close()
 
 
+async def test_where_no_viewer_follows_a_fetch_it_does_not_wait_for_them(tmp_path: Path) -> None:
+    """On a volume of several hosts all pending requests are proxied. Nobody would ever be near."""
+    async with assets_harness(
+        tmp_path, fetch={"window": 4 * MIB}, follow_growing_files=False, first_byte_wait=0.1
+    ) as harness:
+        harness.add("1", SIZE)
+        fetch = await harness.begin("1", written=MIB)
+        assert (await harness.get("1")).body == harness.data["1"]
+        await harness.context.viewers.report()
+        found = await followers(harness)
+        assert (found.told, found.untold) == (False, True)
+        fetch.partial.close()
+
+
 async def test_a_response_that_needs_all_bytes_before_it_says_so(harness: AssetsHarness) -> None:
     """It is verified from the first byte on, wherever it begins."""
     fetch = await harness.begin("1", written=3 * MIB)
