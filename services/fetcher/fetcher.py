@@ -118,12 +118,12 @@ class Fetcher:
         )
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
         self._side_streams = SideStreamPlaces(fetch.side_streams)
-        window = None
-        if fetch.window is not None:
+        window, public = None, settings.public_api
+        if fetch.window is not None and public.follow_growing_files:  # else no viewer follows a fetch
             window = WindowLimits(
                 fetch.window,
                 fetch.window_above,
-                settings.public_api.far_range_distance,
+                public.far_range_distance,
                 fetch.viewer_timeout,
                 self._has_spare_time,
             )

@@ -321,8 +321,9 @@ class JobScheduler:
                     self._settle(waiting, Nack())
 
     def _spill(self) -> None:
-        """Delay the jobs with the lowest priority while too many wait."""
-        surplus = len(self._waiting) - int(self._limits.waiting * _SPILL_AT)
+        """Delay the jobs with the lowest priority while too many wait beside the downloads that are paused."""
+        may_wait = self._limits.waiting - len(self._paused)
+        surplus = len(self._waiting) - int(may_wait * _SPILL_AT)
         now = self._clock()
         last = sorted(self._waiting, key=lambda one: one.rank(now), reverse=True)
         for waiting in last[: max(0, min(surplus, _MAX_SPILLED))]:

@@ -270,6 +270,23 @@ class TestAdoption:
         await harness.store.release(lease)
         assert await harness.used_and_reserved() == (0, 0)
 
+    async def test_stolen_makes_no_job_superfluous(self, harness: Harness) -> None:
+        """1. A fetch is parked, and its job returns to the queue. 2. A request claims it and cannot publish another.
+        3. The evictor measures the file. 4. The job of 1 is delivered.
+        """
+        term = await harness.reconciled()
+        job = (await harness.store.claim(ONE, "api-1")).serial
+        granted = await harness.store.begin(ONE, 100, "worker-1", job)
+        assert isinstance(granted, Granted)
+        await harness.store.park(granted.lease)
+        assert (await harness.store.claim(ONE, "api-1")).won
+        await harness.store.release_claim(ONE, "api-1")
+        lease = await harness.store.steal_lease(term, ONE)
+        assert lease is not None
+        assert isinstance(await harness.store.begin(ONE, 100, "worker-1", job), HeldElsewhere)
+        await harness.store.park(lease, 50)
+        assert isinstance(await harness.store.begin(ONE, 100, "worker-1", job), Granted)
+
     async def test_an_expired_lease_can_be_stolen(self, brief: Harness) -> None:
         term = await brief.reconciled()
         lost = await brief.begin_fetch(ONE, 100)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import Followers, Viewer
 from distributor_node.shared.ports.state_store import FetchPhase
+from distributor_node.shared.waiting import background
 from tests.integration.assets_harness import MIB, AssetsHarness, assets_harness
 from tests.integration.test_assets_pending import ask
 from tests.waiting import eventually
@@ -94,6 +96,33 @@ async def test_a_failed_fetch_is_not_started_again_by_its_viewers(harness: Asset
     assert await harness.jobs() == 0
 
 
+async def test_a_job_that_is_refused_again_and_again_is_published_at_intervals(
+    harness: AssetsHarness,
+) -> None:
+    """What the worker refuses parks the fetch again, and tells all followers of it at once."""
+    state, published = harness.context.state, 0
+
+    async def refuse(job: FetchJob) -> JobOutcome:
+        nonlocal published
+        published += 1
+        fetch = (await state.find(job.object_id)).fetch
+        assert fetch is not None
+        await state.release_claim(job.object_id, fetch.worker)
+        return Ack("not_served")
+
+    async def on_dead_letter(job: FetchJob, reason: str) -> None: ...
+
+    fetch = await harness.begin("1", written=MIB)
+    for client in [await ask(harness, "1") for _ in range(3)]:
+        await client.read_head()
+        await client.take(MIB)
+    fetch.partial.close()
+    async with background(harness.queue.consume(refuse, 4, on_dead_letter), "worker"):
+        await state.park(fetch.lease)
+        await asyncio.sleep(1.0)
+    assert published == 1
+
+
 async def test_where_a_viewer_is_is_told_while_it_follows_the_fetch(harness: AssetsHarness) -> None:
     fetch = await harness.begin("1", written=3 * MIB)
     client = await ask(harness, "1")
@@ -121,6 +150,20 @@ async def test_heads_and_what_is_proxied_are_no_viewers(harness: AssetsHarness) 
     found = await followers(harness)
     assert (found.told, found.views, found.viewers) == (True, 1, ())
     fetch.partial.close()
+
+
+async def test_where_no_viewer_follows_a_fetch_it_does_not_wait_for_them(tmp_path: Path) -> None:
+    """On a volume of several hosts all pending requests are proxied. Nobody would ever be near."""
+    async with assets_harness(
+        tmp_path, fetch={"window": 4 * MIB}, follow_growing_files=False, first_byte_wait=0.1
+    ) as harness:
+        harness.add("1", SIZE)
+        fetch = await harness.begin("1", written=MIB)
+        assert (await harness.get("1")).body == harness.data["1"]
+        await harness.context.viewers.report()
+        found = await followers(harness)
+        assert (found.told, found.untold) == (False, True)
+        fetch.partial.close()
 
 
 async def test_a_response_that_needs_all_bytes_before_it_says_so(harness: AssetsHarness) -> None:

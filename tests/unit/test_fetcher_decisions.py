@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import Mock
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +16,8 @@ from distributor_node.services.fetcher.download import (
     batch_size,
     groups_after_corruption,
 )
-from distributor_node.services.fetcher.fetcher import outcome_label
+from distributor_node.services.fetcher.fetcher import Fetcher, outcome_label
+from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Nack, Requeue, Retry
 from distributor_node.shared.domain.media_types import detect_media_type
 from distributor_node.shared.ports.state_store import (
@@ -23,6 +27,7 @@ from distributor_node.shared.ports.state_store import (
     NoSpace,
     NotReconciled,
 )
+from distributor_node.shared.settings.model import Settings
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(100)
 MP4 = b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom" + bytes(100)
@@ -149,3 +154,14 @@ def test_outcomes_have_few_labels() -> None:
     assert [outcome_label(outcome) for outcome in outcomes] == [
         "already_cached", "retry", "requeue", "dead_letter", "nack",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("follows", [True, False])
+async def test_a_fetch_waits_for_viewers_only_where_they_follow_it(tmp_path: Path, follows: bool) -> None:
+    settings = Settings(
+        catalog={"manifest": tmp_path / "unused.yaml"},
+        storage={"path": tmp_path, "limit": "1G"},
+        public_api={"follow_growing_files": follows},
+    )
+    made = Fetcher(settings, Mock(), Mock(), Volume(tmp_path), Mock(), Mock())
+    assert (made._worker._fetch_runner._limits.window is not None) is follows

@@ -232,6 +232,23 @@ async def test_where_too_many_wait_the_last_ones_are_delayed() -> None:
         assert delayed == [11, 12]
 
 
+async def test_beside_paused_downloads_fewer_may_wait() -> None:
+    """Their messages are held too. Otherwise jobs of a full source would keep all new ones out."""
+    async with world(total=4, per_source=1) as one:
+        limits = SlotLimits(4, 1)
+        for number in range(1, limits.paused + 1):
+            await one.take(job(number, GOOD))
+            slot = one.outcome(number)
+            assert isinstance(slot, Slot)
+            slot.pause()
+        first = limits.paused + 1
+        await one.take(*(job(number, SLOW) for number in range(first, limits.held + 1)))
+        await one.later(1.0)
+        report = one.scheduler.report()
+        assert (report.running, report.waiting) == (1, 4)
+        assert limits.paused + report.running + report.waiting < limits.held  # the worker sees new jobs
+
+
 async def test_heartbeats_tell_how_long_the_oldest_job_waits() -> None:
     async with world(total=1) as one:
         await one.take(job(1), job(2))

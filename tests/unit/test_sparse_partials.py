@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -22,6 +24,7 @@ from distributor_node.shared.adapters.volume import (
     PartialState,
     Volume,
 )
+from distributor_node.shared.adapters.volume.partial import locks_are_apart
 from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.extents import BLOCK, MAX_EXTENTS, Extents
@@ -339,6 +342,17 @@ def test_one_kind_of_lock_is_enough(volume: Volume) -> None:
         volume.discard_partial(RECORD.object_id, SIZE, unless_read=True)
         assert reader.state().unlinked
         reader.close()
+
+
+def test_the_lock_of_a_process_with_the_same_id_is_no_sign_of_one_kind(volume: Volume) -> None:
+    """In two containers that share the volume, the first processes often have equal ids."""
+    with ExitStack() as stack:
+        other = stack.enter_context((volume.root / f".lock-probe-{os.getpid()}").open("w"))
+        fcntl.flock(other, fcntl.LOCK_EX)
+        descriptor = os.open(volume.root, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        assert locks_are_apart(descriptor)
+    assert len([path for path in volume.root.iterdir() if "lock-probe" in path.name]) == 1  # the other's
 
 
 def test_holes_take_no_space(volume: Volume) -> None:

@@ -39,7 +39,10 @@ from distributor_node.shared.ports.state_store import (
 
 REFUTATION_INTERVAL = 5.0
 """Seconds between two refutations for one object: a source may send ranges, and fail at the whole object again."""
-_MAX_REFUTED = 1_000
+START_AGAIN_INTERVAL = 2.0
+"""Seconds between two jobs, from the same process, for an object whose fetch its followers find parked: if such a job
+ends at once (it is refused, or cannot be published), the fetch is parked again, and all of them are told."""
+_MAX_NOTED = 1_000
 
 LATE = 60.0
 """Seconds from publishing after which a job that has not begun may be lost: its queue was deleted, or its broker."""
@@ -110,6 +113,7 @@ class FetchStarter:
         self._claimant = claimant
         self._tasks: set[asyncio.Task[None]] = set()
         self._refuted_at: OrderedDict[ObjectId, float] = OrderedDict()
+        self._started_again_at: OrderedDict[ObjectId, float] = OrderedDict()
         # In monotonic seconds. Jobs published before this that have not begun were lost, and the next look for others
         self._lost_before = self._next_look_at = -inf
         self._looking = asyncio.Lock()
@@ -151,14 +155,12 @@ class FetchStarter:
         refuted = failure.cause is FailureCause.SOURCES or (
             failure.cause is FailureCause.CORRUPT and verified
         )
-        now = time.monotonic()
-        if not refuted or now - self._refuted_at.get(object_id, -inf) < REFUTATION_INTERVAL:
-            return
-        self._refuted_at[object_id] = now
-        self._refuted_at.move_to_end(object_id)
-        if len(self._refuted_at) > _MAX_REFUTED:
-            self._refuted_at.popitem(last=False)
-        self._run(self._refute(object_id, failure.cause))
+        if refuted and _is_due(self._refuted_at, object_id, REFUTATION_INTERVAL):
+            self._run(self._refute(object_id, failure.cause))
+
+    def may_start_again(self, object_id: ObjectId) -> bool:
+        """Whether a follower may start a parked fetch of this object again now. If so, that is noted."""
+        return _is_due(self._started_again_at, object_id, START_AGAIN_INTERVAL)
 
     async def _refute(self, object_id: ObjectId, cause: FailureCause) -> None:
         try:
@@ -267,3 +269,15 @@ class FetchStarter:
         logger.warning(
             "state_store_unavailable", operation=operation, request_id=request_id, reason=str(error)
         )
+
+
+def _is_due(times: OrderedDict[ObjectId, float], object_id: ObjectId, interval: float) -> bool:
+    """Whether `interval` seconds have passed since this was last true for the object. `times`: when that was."""
+    now = time.monotonic()
+    if now - times.get(object_id, -inf) < interval:
+        return False
+    times[object_id] = now
+    times.move_to_end(object_id)
+    if len(times) > _MAX_NOTED:
+        times.popitem(last=False)
+    return True

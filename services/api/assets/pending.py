@@ -110,10 +110,12 @@ class PendingResponder:
             await self._respond(pending, publish_failed or asyncio.Event())
 
     def _is_windowed(self, representation: Representation) -> bool:
-        """Whether the object's fetch may wait for its viewers."""
-        fetch, size = self._context.settings.fetch, representation.size
+        """Whether the object's fetch may wait for its viewers. Never where none follows the partial file."""
+        settings, size = self._context.settings, representation.size
+        if not settings.public_api.follow_growing_files or settings.fetch.window is None:
+            return False
         hashed = representation.content_hash is not None
-        return hashed and fetch.window is not None and size is not None and size > fetch.window_above
+        return hashed and size is not None and size > settings.fetch.window_above
 
     def _is_fetched_ahead(self, pending: PendingRequest) -> bool:
         """Whether the fetch may bring the response's first bytes before those in front of them."""
@@ -290,6 +292,8 @@ class PendingResponder:
         Whatever fails, the response goes on as with a fetch that is stalled.
         """
         if self._context.operator_state.current.draining:
+            return
+        if not self._starter.may_start_again(pending.representation.object_id):
             return
         try:
             media_object = pending.media_object or await self._look_up_matching(pending)

@@ -482,6 +482,7 @@ class MemoryStateStore:
             worker=term.holder,
             source=None,
             duration=duration,
+            job=0,
         )
         return lease
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import secrets
 import stat
 import struct
 import threading
@@ -473,7 +474,8 @@ def _lock_readers(descriptor: int, kind: int) -> bool:
 
 def locks_are_apart(directory: int) -> bool:
     """Whether the followers' kind of lock can be held beside the writer's. Raises OSError."""
-    name = f".lock-probe-{os.getpid()}"
+    # Processes of different containers may have the same id
+    name = f".lock-probe-{os.getpid()}-{secrets.token_hex(4)}"
     descriptors = [open_plain(name, os.O_RDWR | os.O_CREAT, directory, 0o600) for _ in range(2)]
     try:
         fcntl.flock(descriptors[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
