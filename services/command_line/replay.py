@@ -129,7 +129,12 @@ def _own_node(config: Path) -> OwnNode:
     from distributor_node.shared.settings import load_settings
 
     settings = load_settings(config)
-    storage, evictor, admission, fetch = settings.storage, settings.evictor, settings.admission, settings.fetch
+    storage, evictor, admission, fetch = (
+        settings.storage,
+        settings.evictor,
+        settings.admission,
+        settings.fetch,
+    )
     rules = NodeRules(
         evictor.min_idle,
         storage.max_cached_item,

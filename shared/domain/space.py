@@ -230,9 +230,11 @@ class SecondHitAdmission:
 
 # Window: half of all viewers watch less than 40 % of a film, so a large object is read a little ahead of its viewers.
 
-BEGINNING_SHARE = 0.2
-"""A view begins in this share of an object, and the second one completes it when it has passed that. Its begin alone is
-no sign that all of the object is wanted: see docs/eviction.md for what each rule costs."""
+VIEW_BEGINS = 1024 * 1024
+"""Bytes of a large object within which a view begins. A viewer who goes on by ranges has passed them."""
+STAYS_SHARE = 0.2
+"""The second view completes an object when it has passed this share of it. Its begin alone is no sign that all of the
+object is wanted: see docs/eviction.md for what each rule costs."""
 WATCHED_SHARE = 0.8
 """Share of an object from which a viewer is expected to want all of it. Its end is sent once all is verified."""
 _INDEX_SHARE = 1 / 20
@@ -341,7 +343,7 @@ class FetchWindow:
     ) -> Completion | None:
         if ordered:
             return Completion.ORDERED
-        if views > 1 and any(viewer.position >= self.size * BEGINNING_SHARE for viewer in viewers):
+        if views > 1 and any(viewer.position >= self.size * STAYS_SHARE for viewer in viewers):
             return Completion.SECOND_VIEW
         return Completion.WATCHED if any(map(self._has_watched, viewers)) else None
 

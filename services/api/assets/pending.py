@@ -39,7 +39,7 @@ from distributor_node.shared.domain.conditionals import Comparison
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import MediaObject
 from distributor_node.shared.domain.peers import PeerUse
-from distributor_node.shared.domain.space import BEGINNING_SHARE
+from distributor_node.shared.domain.space import VIEW_BEGINS
 from distributor_node.shared.observability.metrics import STALLED_FETCHES_BRIDGED, VAIN_WAITS
 from distributor_node.shared.waiting import background
 
@@ -102,9 +102,10 @@ class PendingResponder:
         with ExitStack() as stack:
             stack.enter_context(viewers.viewing(object_id, position))
             if self._is_windowed(representation):
-                begins_view = needed_from < BEGINNING_SHARE * (representation.size or 0)
                 follower = stack.enter_context(
-                    viewers.requesting(object_id, needed_from, position, begins_view=begins_view)
+                    viewers.requesting(
+                        object_id, needed_from, position, begins_view=needed_from < VIEW_BEGINS
+                    )
                 )
                 pending = replace(pending, follower=follower)
             await self._respond(pending, publish_failed or asyncio.Event())

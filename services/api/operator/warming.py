@@ -33,6 +33,8 @@ LEASE_SECONDS, REPORT_INTERVAL = 10.0, 0.5
 MAX_CONCURRENT_FETCHES = 8
 FETCH_TIMEOUT = 20.0
 """Seconds without a fetch in progress after which an object counts as failed."""
+_MOST_FETCHES = 5
+"""Fetches of one object that may end before it is complete: for lack of clients, or because a fetcher refused it."""
 _LISTING_ATTEMPTS, _LISTING_RETRY_DELAY = 3, 5.0
 
 logger = structlog.get_logger()
@@ -179,7 +181,10 @@ class CacheWarmer:
     async def _outcome(self, listed: MediaObject, progress: _Progress) -> str | None:
         """Fetch one object. Returns `done`, `skipped` or `failed`, or None, after a pause, to retry."""
         try:
-            outcome = await self._fetch(listed.object_id, f"warming-{progress.now.serial}")
+            for _ in range(_MOST_FETCHES):
+                outcome = await self._fetch(listed.object_id, f"warming-{progress.now.serial}")
+                if outcome is not None:
+                    break
         except (StateStoreUnavailable, JobQueueUnavailable) as error:
             if not progress.now.reason:
                 logger.warning("warming_paused", reason=str(error))
@@ -190,7 +195,7 @@ class CacheWarmer:
             logger.info("object_warming_failed", object_id=listed.object_id, reason=str(error))
             return "failed"
         progress.now = replace(progress.now, reason="")
-        return outcome
+        return outcome or "failed"
 
     async def _fetch(self, object_id: ObjectId, request_id: str) -> str | None:
         """Return `done`, `skipped` or `failed`. None: a fetch has ended for lack of clients, another one is needed."""
