@@ -36,6 +36,7 @@ FILM = "10-minute.mp4"
 FILLERS = 6
 """Objects of 64 MiB which, with the one that the demo has anyway, do not fit into the cache together."""
 STORAGE_LIMIT = "400M"
+SETTINGS_FILE = "settings.yaml"
 _MAX_PORTS_TRIED = 200
 
 
@@ -105,7 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
                 scope,
                 settings,
                 lambda port: print(
-                    greeting(port, metrics_port, source_port, dashboard_url(settings), objects), flush=True
+                    greeting(port, metrics_port, source_port, dashboard_url(settings), objects, folder),
+                    flush=True,
                 ),
                 started,
             )
@@ -178,7 +180,7 @@ def demo_settings(
         "shutdown_deadline": 10,
         "log": {"level": "warning", "format": "console"},
     }
-    file = folder / "settings.yaml"
+    file = folder / SETTINGS_FILE
     file.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
     return load_settings(file)
 
@@ -199,9 +201,12 @@ def free_port_from(first: int, chosen: Collection[int] = ()) -> int:
 
 
 def greeting(
-    port: int, metrics_port: int, source_port: int, dashboard: str, objects: list[DemoObject]
+    port: int, metrics_port: int, source_port: int, dashboard: str, objects: list[DemoObject], folder: Path
 ) -> str:
     """Return the text printed at the start: URLs and commands to try."""
+    file = folder / SETTINGS_FILE
+    if file.is_relative_to(Path.cwd()):
+        file = file.relative_to(Path.cwd())
     node = f"http://{HOST}:{port}"
     ours = [item for item in objects if item.held and item.bucket == "0:1"]
     assets = "\n".join(
@@ -224,6 +229,7 @@ Objects (the first request is a miss, the next one a hit):
 Try:
   curl -sD - -o /dev/null {url}
   curl -sD - -o /dev/null -r 0-99 {url}
+  .venv/bin/distributor top --config {file}
 """
 
 
