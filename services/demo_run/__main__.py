@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import socket
 import subprocess
 import sys
 from collections.abc import Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     squid_port = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(folder)
         source_port = free_port_from(options.storage_node_port)
         mirror_port = free_port_from(source_port + 1)
         film = make_film(folder / "film")
@@ -114,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             await story.close()
 
-    code = run_service(serve, name="demo", settings=settings)
+    with lock:
+        code = run_service(serve, name="demo", settings=settings)
     if code == 0:
         print("Stopped. The cached objects are kept for the next start.")
     return code
@@ -123,6 +126,22 @@ def main(arguments: list[str] | None = None) -> int:
 def dashboard_url(settings: Settings) -> str:
     """Return the URL of the node's own page, empty if it has none."""
     return f"http://{HOST}:{settings.dashboard.port}/" if settings.dashboard.enabled else ""
+
+
+def locked(folder: Path) -> TextIO:
+    """Lock the folder until the file is closed. Raises ConfigurationError if another demo runs there.
+
+    The settings and the manifest name ports: written again, they would lead a running node to other sources.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigurationError(
+            f"{folder} is in use by another `make run`. Another directory: make run ARGS='--data DIRECTORY'"
+        ) from error
+    return file
 
 
 def make_film(folder: Path) -> DemoObject:
