@@ -289,13 +289,14 @@ def _downloads(downloads: Sequence[Mapping[str, Any]], queue: Mapping[str, Any])
         return [heading, Text("none", "dim")]
     table = _table("object", "progress", "on disk", "rate", "left", "viewers", "source")
     for one in downloads[:_MAX_ROWS]:
-        left = "" if one["secondsLeft"] is None else duration(one["secondsLeft"])
+        parked = one.get("phase") == "parked"  # a node of an earlier version does not tell
+        left = "" if parked or one["secondsLeft"] is None else duration(one["secondsLeft"])
         switched = f" (after {', '.join(one['sources'][:-1])})" if one["sources"][:-1] else ""
         table.add_row(
             Text(one["id"]),
             progress(one),
             f"{size(on_disk(one))} of {size(one['size']) if one['size'] else '?'}",
-            "" if one["rate"] is None else f"{size(one['rate'])}/s",
+            "interrupted" if parked else "" if one["rate"] is None else f"{size(one['rate'])}/s",
             left,
             str(len(one["viewers"]) + one["moreViewers"]),
             Text((one["source"] or "none") + switched),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import socket
 import subprocess
 import sys
 from collections.abc import Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -36,6 +37,7 @@ FILM = "10-minute.mp4"
 FILLERS = 6
 """Objects of 64 MiB which, with the one that the demo has anyway, do not fit into the cache together."""
 STORAGE_LIMIT = "400M"
+SETTINGS_FILE = "settings.yaml"
 _MAX_PORTS_TRIED = 200
 
 
@@ -46,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     squid_port = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(folder)
         source_port = free_port_from(options.storage_node_port)
         mirror_port = free_port_from(source_port + 1)
         film = make_film(folder / "film")
@@ -105,14 +108,16 @@ def main(arguments: list[str] | None = None) -> int:
                 scope,
                 settings,
                 lambda port: print(
-                    greeting(port, metrics_port, source_port, dashboard_url(settings), objects), flush=True
+                    greeting(port, metrics_port, source_port, dashboard_url(settings), objects, folder),
+                    flush=True,
                 ),
                 started,
             )
         finally:
             await story.close()
 
-    code = run_service(serve, name="demo", settings=settings)
+    with lock:
+        code = run_service(serve, name="demo", settings=settings)
     if code == 0:
         print("Stopped. The cached objects are kept for the next start.")
     return code
@@ -121,6 +126,22 @@ def main(arguments: list[str] | None = None) -> int:
 def dashboard_url(settings: Settings) -> str:
     """Return the URL of the node's own page, empty if it has none."""
     return f"http://{HOST}:{settings.dashboard.port}/" if settings.dashboard.enabled else ""
+
+
+def locked(folder: Path) -> TextIO:
+    """Lock the folder until the file is closed. Raises ConfigurationError if another demo runs there.
+
+    The settings and the manifest name ports: written again, they would lead a running node to other sources.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigurationError(
+            f"{folder} is in use by another `make run`. Another directory: make run ARGS='--data DIRECTORY'"
+        ) from error
+    return file
 
 
 def make_film(folder: Path) -> DemoObject:
@@ -178,7 +199,7 @@ def demo_settings(
         "shutdown_deadline": 10,
         "log": {"level": "warning", "format": "console"},
     }
-    file = folder / "settings.yaml"
+    file = folder / SETTINGS_FILE
     file.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
     return load_settings(file)
 
@@ -199,9 +220,12 @@ def free_port_from(first: int, chosen: Collection[int] = ()) -> int:
 
 
 def greeting(
-    port: int, metrics_port: int, source_port: int, dashboard: str, objects: list[DemoObject]
+    port: int, metrics_port: int, source_port: int, dashboard: str, objects: list[DemoObject], folder: Path
 ) -> str:
     """Return the text printed at the start: URLs and commands to try."""
+    file = folder / SETTINGS_FILE
+    if file.is_relative_to(Path.cwd()):
+        file = file.relative_to(Path.cwd())
     node = f"http://{HOST}:{port}"
     ours = [item for item in objects if item.held and item.bucket == "0:1"]
     assets = "\n".join(
@@ -224,6 +248,7 @@ Objects (the first request is a miss, the next one a hit):
 Try:
   curl -sD - -o /dev/null {url}
   curl -sD - -o /dev/null -r 0-99 {url}
+  .venv/bin/distributor top --config {file}
 """
 
 

@@ -129,7 +129,7 @@ class Adoption:
         size = await run_blocking(_size_to_reserve, self._volume, object_id, at_least)
         if size is not None and await self._state.adopt_partial(term, object_id, size):
             RECONCILED.labels("adopted_partial").inc()
-            logger.info("partial_adopted", object_id=object_id, bytes=size)
+            logger.info("partial_adopted", object_id=object_id, reserved=size)
 
     async def _remove_partial(self, term: Term, object_id: ObjectId) -> None:
         """Remove a partial file beside a complete object. Its fetch is over, and its bytes must not be counted as part

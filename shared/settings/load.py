@@ -380,4 +380,8 @@ def _type_of(value: object) -> str:
         return "names and values"
     if isinstance(value, (list, tuple, set, frozenset)):
         return "a list"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return "a number"
     return "text" if isinstance(value, str) else f"a {type(value).__name__}"
