@@ -54,6 +54,7 @@ async def test_bytes_of_a_fetch_that_has_ended_are_sent_at_once_and_a_job_contin
     fetch = await harness.begin("1", written=2 * MIB)
     fetch.partial.close()
     await harness.context.state.park(fetch.lease)
+    assert (await harness.get("1", method="HEAD")).headers["x-cache"] == "pending"
     client = await ask(harness, "1")
     assert b"X-Cache: pending" in await client.read_head()
     assert await client.take(2 * MIB) == harness.data["1"][: 2 * MIB]
@@ -153,7 +154,7 @@ async def test_heads_and_what_is_proxied_are_no_viewers(harness: AssetsHarness) 
 
 
 async def test_where_no_viewer_follows_a_fetch_it_does_not_wait_for_them(tmp_path: Path) -> None:
-    """On a volume of several hosts all pending requests are proxied. Nobody would ever be near."""
+    """On a volume of several hosts all pending requests are proxied. No viewer would ever be near."""
     async with assets_harness(
         tmp_path, fetch={"window": 4 * MIB}, follow_growing_files=False, first_byte_wait=0.1
     ) as harness:

@@ -327,7 +327,9 @@ class MissHandler:
             media_object = await look_up(self._context, response.request, object_id)
         representation = Representation.from_object(media_object)
         response.set_object_size(representation.size)
-        span = select_span(asset_request, representation, MISS)
+        # Of an object that is there in part, a GET would continue the fetch: see `_start_fetch`.
+        resumes = partial is not None and status is not None and status.failure is None and not draining
+        span = select_span(asset_request, representation, PENDING if resumes else MISS)
         if isinstance(span, ResponseHead):
             await response.send_head(span)
             return
