@@ -31,7 +31,7 @@ RESPONSE_START_TIMEOUT = 60.0
 CLIENT_CLOSED_REQUEST = 499
 """Status in log and metrics of a request whose client left before the response started (nginx's 499)."""
 _MAX_CHECK_INTERVAL = 5.0
-REQUESTS_PER_TURN = 1
+REQUESTS_PER_TURN = 8
 """Requests that the framework begins to handle in one turn of the event loop, each a third of a millisecond or more.
 Responses of the fast path are not among them, and wait for no more than these."""
 KEEPALIVE_DRAIN_GRACE = 1.0

@@ -203,7 +203,7 @@ class Connections(set[PublicProtocol]):
         return True
 
 
-ACCEPTED_AT_ONCE = 4
+ACCEPTED_AT_ONCE = 32
 """Connections that one turn of the event loop accepts, or more if its turns are long."""
 _CONNECTION_SECONDS = (
     0.0002  # about the time that the loop takes until a new connection waits for its first request

@@ -55,7 +55,8 @@ class PreloadedProcess:
     """`distributor …` in a session of its own. The methods are those of `subprocess.Popen`."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """`log`: where its output is appended."""
+        """`log`: where its output is appended. It is there from the beginning."""
+        log.touch()
         self._process = _forks.Process(
             target=_run, args=(list(arguments), dict(environment), str(log)), daemon=True
         )

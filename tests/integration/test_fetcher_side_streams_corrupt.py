@@ -43,6 +43,9 @@ class OnePeer:
     def hops(self, object_id: ObjectId, use: PeerUse) -> Sequence[Hop]:
         return [Hop(self.url, {}, only_if_cached=False)] if use is PeerUse.FETCH else []
 
+    def has(self, url: str) -> bool:
+        return url == self.url
+
 
 async def test_after_wrong_bytes_side_streams_ask_no_peer(tmp_path: Path) -> None:
     """1. The main stream reads from the source, a side stream from a peer. 2. The hash is wrong. It may be either."""

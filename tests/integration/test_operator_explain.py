@@ -12,7 +12,8 @@ from distributor_node.services.api.dashboard.feed import Feed
 from distributor_node.services.api.dashboard.server import DashboardServer
 from distributor_node.services.api.operator.explain import ObjectExplainer, in_words
 from distributor_node.shared.domain.eviction import POLICY_NAMES
-from distributor_node.shared.domain.eviction.policy import NO_BASIS, PriorityBasis
+from distributor_node.shared.domain.eviction.gdsf import Gdsf
+from distributor_node.shared.domain.eviction.policy import FIRST_COST_FACTOR, NO_BASIS, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Access, IndexEntry, PolicyState
@@ -141,7 +142,7 @@ async def test_a_partial_object_stands_among_the_others(harness: EvictorHarness)
         IndexEntry(ObjectId(name), 0, 1, now - age, priority)
         for name, age, priority in (("old", 6000, 5.0), ("film", 3000, 6.0), ("new", 60, 7.0))
     ]
-    basis = PriorityBasis(0.0, "gdsf", 20.0 * SIZE, 1.0, float(SIZE))
+    basis = PriorityBasis(0.0, Gdsf.mark, FIRST_COST_FACTOR * SIZE, 1.0, float(SIZE))
     await harness.state.save_policy(term, entries, PolicyState(basis))
     film = await explain(harness, "film")
     assert (film["state"], film["size"], film["views"]) == ("parked", 3 * SIZE, 1)

@@ -307,12 +307,15 @@ class MissHandler:
         by_proxy: bool,
     ) -> None:
         partial, media_object = None if by_proxy else self._partial_representation(object_id), None
+        kept: bool | None = None
         if partial is None:
             # Whatever the state of its fetch is, the object has to be looked up, and unknown ids end here: a flood of
             # them costs the state store nothing.
             media_object = await look_up(self._context, response.request, object_id)
             claimable = None if by_proxy else self._claimable(asset_request, response, media_object)
             if claimable is not None:
+                kept = self._is_kept(claimable)
+            if claimable is not None and kept:
                 await self._start_fetch(asset_request, claimable, media_object)
                 return
         status = None if by_proxy else await self._find(object_id)
@@ -337,7 +340,7 @@ class MissHandler:
         max_size = self._context.settings.storage.largest_cached_size
         if (
             status is None
-            or not self._is_kept(pending)
+            or not (self._is_kept(pending) if kept is None else kept)
             or status.failure is not None
             or draining
             or not is_cacheable(media_object, max_size)
@@ -362,8 +365,7 @@ class MissHandler:
         span = select_span(asset_request, representation, MISS)
         if isinstance(span, ResponseHead):
             return None
-        pending = PendingRequest(response, representation, span, BYPASS, media_object)
-        return pending if self._is_kept(pending) else None
+        return PendingRequest(response, representation, span, BYPASS, media_object)
 
     def _is_kept(self, pending: PendingRequest) -> bool:
         """Whether this node of the fleet is to keep the object. Without a fleet it keeps all."""

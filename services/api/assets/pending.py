@@ -294,7 +294,10 @@ class PendingResponder:
         """
         if self._context.operator_state.current.draining:
             return
-        if not self._starter.may_start_again(pending.representation.object_id):
+        peers, representation = self._context.peers, pending.representation
+        if peers is not None and not peers.keeps_cold(representation.object_id, representation.size):
+            return
+        if not self._starter.may_start_again(representation.object_id):
             return
         try:
             media_object = pending.media_object or await self._look_up_matching(pending)

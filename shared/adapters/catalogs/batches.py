@@ -129,7 +129,7 @@ _GATHER_PER_QUERY = (
 _MAX_GATHER = 0.25
 _FIRST_LATENCY = 0.1  # seconds; assumed until queries have been measured
 _LATENCY_WEIGHT = 0.3  # of the last query in the moving average
-_DELIVERED_AT_ONCE = 2  # answers
+_DELIVERED_AT_ONCE = 8  # answers
 _BURST_SECONDS = 0.25  # so many seconds' worth of queries may be sent at once
 
 logger = structlog.get_logger()
