@@ -180,6 +180,7 @@ class CacheWarmer:
 
     async def _outcome(self, listed: MediaObject, progress: _Progress) -> str | None:
         """Fetch one object. Returns `done`, `skipped` or `failed`, or None, after a pause, to retry."""
+        outcome: str | None = None
         try:
             for _ in range(_MOST_FETCHES):
                 outcome = await self._fetch(listed.object_id, f"warming-{progress.now.serial}")
