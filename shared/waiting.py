@@ -143,6 +143,34 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
 
 
 @asynccontextmanager
+async def ended_by(task: asyncio.Task[Any]) -> AsyncIterator[None]:
+    """Run the block until it ends, or until the task does: then the block is cancelled, and left without an error.
+
+    The task is cancelled with the block, and has ended when this returns. Its result is left to the caller.
+    """
+    # A timeout without a deadline: `reschedule` ends the block, and `expired` tells that from a cancellation.
+    scope = asyncio.timeout(None)
+    try:
+        async with scope:
+            running = True
+
+            def end_block(_: asyncio.Task[Any]) -> None:
+                if running:
+                    scope.reschedule(asyncio.get_running_loop().time())
+
+            task.add_done_callback(end_block)
+            try:
+                yield
+            finally:
+                running = False
+    except TimeoutError:
+        if not scope.expired():
+            raise
+    finally:
+        await cancel_and_wait(task)
+
+
+@asynccontextmanager
 async def background(work: Coroutine[Any, Any, Any], name: str) -> AsyncIterator[asyncio.Task[Any]]:
     """Run a coroutine beside the block; cancel it and wait for its end when the block ends."""
     task = asyncio.create_task(work, name=name)

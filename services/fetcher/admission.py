@@ -47,7 +47,7 @@ from distributor_node.shared.ports.state_store import (
     Topic,
 )
 from distributor_node.shared.runtime.threads import BlockingPool, hash_file
-from distributor_node.shared.waiting import boot_time, cancel_and_wait, wait_event
+from distributor_node.shared.waiting import boot_time, ended_by, wait_event
 
 Denied = AlreadyStored | HeldElsewhere | Superseded | NoSpace | NeverFits | NotReconciled
 
@@ -459,26 +459,10 @@ class LeaseRenewer:
     async def running(self) -> AsyncIterator[None]:
         """Renew while the block runs. When the lease is lost, cancel the block and raise LeaseLost."""
         renewing = asyncio.create_task(self._renew_periodically(), name=f"lease-{self.lease.object_id}")
-        # A timeout without a deadline: `reschedule` ends the block, and `expired` tells that from a cancellation.
-        scope = asyncio.timeout(None)
         try:
-            async with scope:
-                running = True
-
-                def end_block(_: asyncio.Task[None]) -> None:
-                    if running:
-                        scope.reschedule(asyncio.get_running_loop().time())
-
-                renewing.add_done_callback(end_block)
-                try:
-                    yield
-                finally:
-                    running = False
-        except TimeoutError:
-            if not scope.expired():
-                raise
+            async with ended_by(renewing):
+                yield
         finally:
-            await cancel_and_wait(renewing)
             await self._cancel_renewal()
             lost = None if renewing.cancelled() else renewing.exception()
         if lost is not None:

@@ -193,26 +193,8 @@ class ViewerWindow:
         """Follow the viewers during the block. Ends it and raises FetchPaused when they have been gone for long."""
         await self._look(self._clock())  # of a fetch that is resumed, enough may be there
         watching = asyncio.create_task(self._watch(), name=f"window-{self._object_id}")
-        # A timeout without a deadline, as in LeaseRenewer.
-        scope = asyncio.timeout(None)
-        try:
-            async with scope:
-                running = True
-
-                def end_block(_: asyncio.Task[None]) -> None:
-                    if running:
-                        scope.reschedule(asyncio.get_running_loop().time())
-
-                watching.add_done_callback(end_block)
-                try:
-                    yield
-                finally:
-                    running = False
-        except TimeoutError:
-            if not scope.expired():
-                raise
-        finally:
-            await cancel_and_wait(watching)
+        async with ended_by(watching):
+            yield
         if not watching.cancelled():
             watching.result()
             raise FetchPaused(f"no viewers of {self._object_id}")

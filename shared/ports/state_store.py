@@ -442,7 +442,7 @@ class WorkerStore(Protocol):
         """What was told of one object that is being fetched."""
 
     async def order_whole(self, object_id: ObjectId) -> None:
-        """All of the object is to be fetched, whoever reads it. Remembered with its fetch, if there is one."""
+        """Have the whole object fetched, wherever its viewers are. Kept in the record of its fetch, if there is one."""
 
 
 class ReportStore(Protocol):

@@ -146,7 +146,7 @@ async def test_a_second_copy_never_comes_from_the_source(fleet: Fleet) -> None:
         assert (await fleet.hop(base, item.object_id, **offer))[0] == 504  # the home has nothing to copy
     await asyncio.sleep(1)
     assert fleet.far_gets(item.object_id) == 0
-    # What asks for it meanwhile and afterwards gets it as if there had been no offer.
+    # A request during the copy or after it is answered as if there had been no offer.
     assert is_whole(await fleet.get(second, item.object_id), item)
     assert fleet.far_gets(item.object_id) == 1
     assert not fleet.stored(third, item.object_id)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- All of the object is to be fetched, whoever reads it.
+-- Has the whole object fetched, wherever its viewers are.
 local fetch = read_fetch()
 if fetch then
   local views, began, _, told, known = unpack(following_of(fetch))
