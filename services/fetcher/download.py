@@ -20,14 +20,8 @@ from typing import Any
 import structlog
 
 from distributor_node.services.fetcher.admission import FetchTask, LeaseRenewer
-from distributor_node.services.fetcher.side_streams import (
-    MIN_SIZE,
-    SentPart,
-    SideStreamPlaces,
-    SideStreams,
-    ViewerWindow,
-    WindowLimits,
-)
+from distributor_node.services.fetcher.side_streams import MIN_SIZE, SentPart, SideStreamPlaces, SideStreams
+from distributor_node.services.fetcher.window import ViewerWindow, WindowLimits
 from distributor_node.shared.adapters.sources.client import Expected, SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader, Preference
 from distributor_node.shared.adapters.volume import PartialFile

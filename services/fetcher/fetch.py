@@ -35,7 +35,7 @@ from distributor_node.services.fetcher.download import (
     FetchLimits,
 )
 from distributor_node.services.fetcher.scheduler import Slot
-from distributor_node.services.fetcher.side_streams import FetchPaused
+from distributor_node.services.fetcher.window import FetchPaused
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import PartialFile, Volume
 from distributor_node.shared.domain.conditionals import Comparison

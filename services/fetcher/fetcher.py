@@ -26,7 +26,8 @@ from distributor_node.services.fetcher.admission import (
 from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, SlotLimits
-from distributor_node.services.fetcher.side_streams import SideStreamPlaces, WindowLimits
+from distributor_node.services.fetcher.side_streams import SideStreamPlaces
+from distributor_node.services.fetcher.window import WindowLimits
 from distributor_node.shared.adapters.sources.client import SourceAnswer
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS

@@ -16,7 +16,8 @@ from distributor_node.services.demo.objects import GeneratedContent
 from distributor_node.services.fetcher import side_streams
 from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.scheduler import Slot
-from distributor_node.services.fetcher.side_streams import SideStreamPlaces, WindowLimits
+from distributor_node.services.fetcher.side_streams import SideStreamPlaces
+from distributor_node.services.fetcher.window import WindowLimits
 from distributor_node.shared.domain.jobs import Ack, JobOutcome
 from distributor_node.shared.domain.space import Followed, Viewer, footprint
 from distributor_node.shared.ports.state_store import FetchPhase
