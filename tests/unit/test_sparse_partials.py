@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -342,6 +343,27 @@ def test_one_kind_of_lock_is_enough(volume: Volume) -> None:
         volume.discard_partial(RECORD.object_id, SIZE, unless_read=True)
         assert reader.state().unlinked
         reader.close()
+
+
+def test_a_follower_on_a_read_only_mount_keeps_its_file(volume: Volume) -> None:
+    """As the API in containers: it can make no file to try the locks out."""
+    write(partial := volume.open_partial_for_writing(RECORD), 0, 5000)
+    partial.close()
+    module = "distributor_node.shared.adapters.volume.volume"
+    evictor = Volume(volume.root)
+    read_only = OSError(errno.EROFS, "read-only file system")
+    with patch(f"{module}.locks_are_apart", side_effect=read_only):
+        for is_local in (True, False):
+            api = Volume(volume.root)
+            with patch(f"{module}.is_on_local_file_system", return_value=is_local):
+                reader = follow(api)
+            if is_local:
+                with pytest.raises(PartialHeld):
+                    evictor.discard_partial(RECORD.object_id, SIZE, unless_read=True)
+            reader.close()
+            api.close()
+    evictor.discard_partial(RECORD.object_id, SIZE, unless_read=True)
+    evictor.close()
 
 
 def test_the_lock_of_a_process_with_the_same_id_is_no_sign_of_one_kind(volume: Volume) -> None:

@@ -267,6 +267,14 @@ def unlink_trashed(directories: Directories, name: str, *, truncates: bool) -> b
     return True
 
 
+def is_on_local_file_system(descriptor: int) -> bool:
+    """Whether all that happens to an open file or directory goes through this kernel. Raises OSError."""
+    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if ctypes.CDLL(None, use_errno=True).fstatfs(descriptor, buffer) < 0:
+        raise _last_error("fstatfs")
+    return ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF in _LOCAL_FILE_SYSTEMS
+
+
 class ChangeWatch:
     """Watches the shards of `objects/` that it is asked to, or the partial files. Not safe to use from several threads.
 
@@ -300,7 +308,7 @@ class ChangeWatch:
         except OSError:
             return False  # not made yet: asked again
         try:
-            if self._type_of(folder) not in _LOCAL_FILE_SYSTEMS:
+            if not is_on_local_file_system(folder):
                 self._watched[place] = False
                 return False
             path = f"/proc/self/fd/{folder}".encode()  # the open directory, whatever has its name now
@@ -313,12 +321,6 @@ class ChangeWatch:
             return False
         self._watched[place] = True
         return True
-
-    def _type_of(self, descriptor: int) -> int:
-        buffer = ctypes.create_string_buffer(_STATFS_BYTES)
-        if self._libc.fstatfs(descriptor, buffer) < 0:
-            raise _last_error("fstatfs")
-        return ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF
 
     def read(self) -> set[str] | None:
         """The names of files that have changed, or that a process has opened for writing and closed, as one that

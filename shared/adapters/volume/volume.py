@@ -41,6 +41,7 @@ from distributor_node.shared.adapters.volume.objects import (
     Removal,
     has_shared_lock,
     identity_of,
+    is_on_local_file_system,
     stat_or_none,
     unlink_trashed,
 )
@@ -353,14 +354,23 @@ class Volume:
         return reader
 
     def _keeps_followed(self) -> bool:
-        """Whether followers hold a lock. Tried out once."""
+        """Whether followers hold a lock. Found out once."""
         if self._locks_are_apart is None:
-            try:
-                self._locks_are_apart = locks_are_apart(self._directories.root())
-            except OSError as error:  # a read-only mount
-                logger.info("followers_not_locked", reason=str(error))
-                self._locks_are_apart = False
+            self._locks_are_apart = self._find_out_locks()
         return self._locks_are_apart
+
+    def _find_out_locks(self) -> bool:
+        """Try out both kinds of lock. Where no file can be made, as in an API whose mount is read-only, the type of the
+        file system tells: a lock for reading needs no more."""
+        try:
+            root = self._directories.root()
+            try:
+                return locks_are_apart(root)
+            except OSError:
+                return is_on_local_file_system(root)
+        except OSError as error:
+            logger.info("followers_not_locked", reason=str(error))
+            return False
 
     def measure_partial(self, object_id: ObjectId) -> int | None:
         """Bytes that a partial file takes, None if there is none. Raises PartialHeld if it has a writer. Blocking."""
