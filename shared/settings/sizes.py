@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
@@ -61,12 +61,23 @@ Size = Annotated[
 ]
 
 
+def _is_off(value: object) -> bool:
+    """Whether this is `off`, which YAML reads as false."""
+    return value is None or value is False or (isinstance(value, str) and value.strip().lower() == "off")
+
+
+def _schema_with(words: str) -> dict[str, Any]:
+    """The JSON schema of a size, or of `off` and what else matches this pattern."""
+    word = {"type": "string", "pattern": rf"^\s*{words}\s*$"}
+    return {"anyOf": [*_SCHEMA["anyOf"], word, {"const": False}, {"type": "null"}]}
+
+
 def parse_admission_size(value: object) -> int | Literal["auto"] | None:
     """`auto`, `off` (None; YAML reads it as false), or a size. Raises ValueError."""
-    if value is None or value is False:
+    if _is_off(value):
         return None
-    if isinstance(value, str) and value.strip().lower() in {"auto", "off"}:
-        return "auto" if value.strip().lower() == "auto" else None
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
     try:
         return parse_size(value)
     except ValueError as error:
@@ -82,23 +93,13 @@ AdmissionSize = Annotated[
     int | Literal["auto"] | None,
     BeforeValidator(parse_admission_size),
     PlainSerializer(format_admission_size, return_type=str),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                *_SCHEMA["anyOf"],
-                {"type": "string", "pattern": r"^\s*([aA][uU][tT][oO]|[oO][fF][fF])\s*$"},
-                {"const": False},
-                {"type": "null"},
-            ]
-        },
-        mode="validation",
-    ),
+    WithJsonSchema(_schema_with(r"([aA][uU][tT][oO]|[oO][fF][fF])"), mode="validation"),
 ]
 
 
 def parse_optional_size(value: object) -> int | None:
     """`off` (None; YAML reads it as false), or a size of at least one byte. Raises ValueError."""
-    if value is None or value is False or (isinstance(value, str) and value.strip().lower() == "off"):
+    if _is_off(value):
         return None
     try:
         size = parse_size(value)
@@ -113,17 +114,7 @@ OptionalSize = Annotated[
     int | None,
     BeforeValidator(parse_optional_size),
     PlainSerializer(format_admission_size, return_type=str),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                *_SCHEMA["anyOf"],
-                {"type": "string", "pattern": r"^\s*[oO][fF][fF]\s*$"},
-                {"const": False},
-                {"type": "null"},
-            ]
-        },
-        mode="validation",
-    ),
+    WithJsonSchema(_schema_with("[oO][fF][fF]"), mode="validation"),
 ]
 
 
