@@ -71,6 +71,17 @@ async def test_a_killed_process_is_replaced_by_one_of_its_kind_that_starts_after
     assert sorted(found) in (["evictor", "killed-1", "new", "older"], ["evictor", "killed-2", "new", "older"])
 
 
+async def test_a_process_that_started_shortly_before_the_last_report_replaces_nothing() -> None:
+    clock = Clock()
+    store = make_store(clock)
+    started = time.time()
+    clock.ahead = 3.0
+    await write(store, "killed", started=started)
+    clock.ahead = 60.0
+    await write(store, "beside it", started=started + 1)
+    assert await states(store, clock) == {"killed": True, "beside it": False}
+
+
 async def test_a_report_that_cannot_be_read_is_left_out() -> None:
     clock = Clock()
     store = make_store(clock)
