@@ -9,13 +9,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 
 import pytest
 
 from benchmarks.dataset import KIB, Group, fill_volume
+from distributor_node.services.api.fast_path.object_cache import RESIDENT_SECONDS
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.objects import ObjectId
 from tests.end_to_end.stack import Stack
@@ -105,10 +108,13 @@ async def test_system_calls_of_a_hit(stack: Stack) -> None:
         ]
         drawn = random.Random(7).choices(GROUP.ids, k=REQUESTS)
         a_request, a_hit = 0.0, dict[str, float]()
+        shortest = inf
         for attempt in range(ATTEMPTS):
             ask_all(connections, GROUP.ids)  # also after a pause, in which unused files were closed
             counting = Counting(node.process.pid, stack.folder / f"strace-{attempt}.txt")
+            began = time.monotonic()
             ask_all(connections, drawn)
+            shortest = min(shortest, time.monotonic() - began)
             calls = counting.stop()
             a_hit = {
                 name: round(count / REQUESTS, 2)
@@ -119,4 +125,7 @@ async def test_system_calls_of_a_hit(stack: Stack) -> None:
             if calls["sendfile"] > 0.9 * REQUESTS and a_request <= MAX_CALLS:
                 return
             await asyncio.sleep(PAUSE)
+    if shortest > RESIDENT_SECONDS:
+        # Each object was asked for so rarely that the page cache was asked each time.
+        pytest.skip(f"the machine is busy: {REQUESTS} hits took {shortest:.0f} s under strace")
     pytest.fail(f"{a_request:.2f} calls a hit: {a_hit}")
