@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import lru_cache
 from typing import Literal
 
 HOP_HEADER = "X-Distributor-Hop"
@@ -28,6 +29,7 @@ HOP_TOLERANCE = 60.0
 """Seconds by which the clocks of two nodes may differ, the way of the request included."""
 
 _SCALE = float(2**64)
+_ORDERS_KEPT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Ring:
         """`weights`: a node with twice the weight is the home of twice the objects. All must be above 0."""
         self.members = frozenset(weights)
         self._weights = dict(sorted(weights.items()))
+        # One request asks for the order of its object several times, and a large ring has hundreds of scores.
+        self._last_orders = lru_cache(_ORDERS_KEPT)(self._order)
 
     def ranked(self, object_id: str) -> tuple[str, ...]:
         """Return all nodes in the order in which they would be the object's home.
@@ -67,6 +71,9 @@ class Ring:
         Without its first node the order of the others stays. So a node that leaves moves only its own objects, each to
         the node that comes next, and a node that joins takes its share evenly from all.
         """
+        return self._last_orders(object_id)
+
+    def _order(self, object_id: str) -> tuple[str, ...]:
         return tuple(sorted(self._weights, key=lambda name: self._score(name, object_id), reverse=True))
 
     def home(self, object_id: str) -> str:
