@@ -9,6 +9,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
+from weakref import WeakValueDictionary
+
+_Queue = deque[tuple[asyncio.Future[None], int]]
 
 _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -63,17 +66,28 @@ class Turns:
         """`room`: units of work in a turn. `seconds`: the next ones begin so much later, and not in the next turn."""
         self._room = self._left = room
         self._seconds = seconds
-        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._short: _Queue = deque()
+        self._long: _Queue = deque()
+        self._queues = (self._short, self._long)  # in the order of the current turn
         self._refilling = False
 
-    async def take(self, cost: int = 1) -> None:
-        """Wait until there is room for `cost` units, at most those of a turn, in the order of the calls."""
-        if not self._waiting and cost <= self._left:
+    async def take(self, cost: int = 1, *, long: bool = False) -> None:
+        """Wait until there is room for `cost` units, at most those of a turn, in the order of the calls.
+
+        `long`: this is one of many calls for the same purpose. Such calls have a queue of their own. Where others wait
+        too, both queues come first in every second turn.
+        """
+        if not self._short and not self._long and cost <= self._left:
             self._spend(cost)
             return
         admitted = asyncio.get_running_loop().create_future()
-        self._waiting.append((admitted, cost))
+        (self._long if long else self._short).append((admitted, cost))
         await admitted
+
+    @property
+    def short_ones_wait(self) -> bool:
+        """Whether calls that are not `long` wait."""
+        return bool(self._short)
 
     def _spend(self, cost: int) -> None:
         self._left -= cost
@@ -89,14 +103,16 @@ class Turns:
         """Begin a turn. What was cancelled while it waited is passed over."""
         self._refilling = False
         self._left = self._room
-        while self._waiting:
-            admitted, cost = self._waiting[0]
-            if not admitted.done():
-                if cost > self._left:
-                    break
-                self._spend(cost)
-                admitted.set_result(None)
-            self._waiting.popleft()
+        self._queues = self._queues[::-1]
+        for waiting in self._queues:
+            while waiting:
+                admitted, cost = waiting[0]
+                if not admitted.done():
+                    if cost > self._left:
+                        break
+                    self._spend(cost)
+                    admitted.set_result(None)
+                waiting.popleft()
 
 
 TURN_BYTES = 256 * 1024
@@ -104,34 +120,60 @@ TURN_BYTES = 256 * 1024
 _LEAST_COST = 32 * 1024  # a small piece takes nearly as long as a large one
 REQUEST_SPACING = 0.002
 """Seconds between the begins of two requests to sources."""
+CLIENT_REQUEST_SPACING = 0.006
+"""Seconds between the begins of two requests to sources for one client."""
 
 
 class TurnBudget:
-    """Bounds the work that one turn of the event loop does for streamed bodies, over all streams that share it.
+    """Bounds the work that one turn of the event loop does for strangers: a piece of a body, or the begin of a request.
 
-    Two hundred streams would otherwise each handle a piece in the same turn, and every other request would wait for all
-    of them. A single stream is not slowed: it gets its pieces from the loop one turn at a time in any case.
+    Two hundred streams would otherwise each handle a piece in the same turn, and two hundred clients that connect at
+    once would have their requests begun in one; every other request would wait for all of them. A single stream is not
+    slowed: it gets its pieces from the loop one turn at a time in any case.
     """
 
     def __init__(self, turn_bytes: int = TURN_BYTES) -> None:
         self._turn_bytes = turn_bytes
-        self._pieces, self._requests = Turns(turn_bytes), Turns(1, REQUEST_SPACING)
+        self._work, self._requests = Turns(turn_bytes), Turns(1, REQUEST_SPACING)
+        self._clients: WeakValueDictionary[str, Turns] = (
+            WeakValueDictionary()
+        )  # those that wait, or began just now
 
     async def take(self, size: int) -> None:
         """Wait until a turn has room for `size` bytes, in the order of the calls.
 
         A piece larger than a turn has one for itself.
         """
-        await self._pieces.take(min(max(size, _LEAST_COST), self._turn_bytes))
+        await self._work.take(min(max(size, _LEAST_COST), self._turn_bytes), long=True)
 
-    async def take_request(self) -> None:
-        """Wait until a request to a source may begin, in the order of the calls.
+    async def take_whole(self) -> None:
+        """Wait for a turn in which no other work begins: a request takes as long as a large piece, or longer.
+
+        Where streams wait for their turns too, every second one is for requests.
+        """
+        await self._work.take(self._turn_bytes)
+
+    @property
+    def requests_wait(self) -> bool:
+        """Whether a request waits for a turn."""
+        return self._work.short_ones_wait
+
+    async def take_request(self, client: str | None = None) -> None:
+        """Wait until a request to a source may begin: in the order of the calls, those of each client further apart.
+
+        `client`: whose request it is for. None: not known.
 
         Most of its work (connect, send, read the head, begin the response) comes when the source has answered, and two
         hundred sources may answer in one turn. It is spread by the time between the begins, which is about as long as
-        this work.
+        this work. The requests of one client take no more than a third of the loop's time.
         """
+        if client is not None:
+            pace = self._clients.get(client)
+            if pace is None:
+                pace = self._clients[client] = Turns(1, CLIENT_REQUEST_SPACING)
+            await pace.take()
         await self._requests.take()
+        await self.take_whole()
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:

@@ -24,16 +24,13 @@ from distributor_node.services.api.clients import SlowClients, bytes_acknowledge
 from distributor_node.services.api.headers import date_now
 from distributor_node.services.api.request_log import count_and_log, request_record
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES
-from distributor_node.shared.waiting import Turns
+from distributor_node.shared.waiting import TurnBudget
 
 RESPONSE_START_TIMEOUT = 60.0
 """Seconds until a response must have started. A last resort: handlers have shorter limits."""
 CLIENT_CLOSED_REQUEST = 499
 """Status in log and metrics of a request whose client left before the response started (nginx's 499)."""
 _MAX_CHECK_INTERVAL = 5.0
-REQUESTS_PER_TURN = 8
-"""Requests that the framework begins to handle in one turn of the event loop, each a third of a millisecond or more.
-Responses of the fast path are not among them, and wait for no more than these."""
 KEEPALIVE_DRAIN_GRACE = 1.0
 """Seconds after a stop in which an idle connection may send one more request. Its response announces the close.
 A request may be in flight, and a client whose connection is just closed cannot know whether it was processed."""
@@ -75,12 +72,14 @@ class ApiHttp(Http):
             self.protocol.allow_last_request()
 
     async def http1_request_header(self) -> None:
-        """Read a head, in its turn.
+        """Read a head, in a turn of its own. Responses of the fast path do not wait for one.
 
         Whether the connection persists depends on the tokens of Connection (RFC 9112 section 9.3).
         """
-        turns: Turns = self.protocol.app.ctx.request_turns
-        await turns.take()
+        while not self.recv_buffer:
+            await self._receive_more()  # type: ignore[no-untyped-call]
+        turns: TurnBudget = self.protocol.app.ctx.turns
+        await turns.take_whole()
         await super().http1_request_header()  # type: ignore[no-untyped-call]
         request: Request = self.request
         tokens = {

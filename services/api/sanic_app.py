@@ -37,7 +37,7 @@ from sanic_routing.route import Route
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN, preflight_headers
-from distributor_node.services.api.protocol import REQUESTS_PER_TURN, ApiHttp, came_to_peer_port
+from distributor_node.services.api.protocol import ApiHttp, came_to_peer_port
 from distributor_node.services.api.request_log import (
     ASSET_ROUTE,
     asset_attributes,
@@ -57,7 +57,7 @@ from distributor_node.shared.domain.peers import HOP_HEADER
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 from distributor_node.shared.settings.model import PublicApi
-from distributor_node.shared.waiting import Turns
+from distributor_node.shared.waiting import TurnBudget
 
 MAX_BODY_BYTES = 64 * 1024
 """Limit for request bodies. The public API reads and ignores them."""
@@ -151,8 +151,13 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
         await super().handle_exception(request, exception, run_middleware=False)
 
 
-def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApplication:
-    """Make an application without routes. Several can run in one process. End it with `unregister_application`."""
+def make_application(
+    public_api: PublicApi, name: str = "distributor", turns: TurnBudget | None = None
+) -> ApiApplication:
+    """Make an application without routes. Several can run in one process. End it with `unregister_application`.
+
+    `turns`: of the process, if it has other work that is to share them.
+    """
     precreate_counters()
     config = Config(env_prefix=None)  # ignore SANIC_… in the environment
     config.update(
@@ -175,7 +180,7 @@ def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApp
         request_class=ApiRequest,
         configure_logging=False,
     )
-    application.ctx.request_turns = Turns(REQUESTS_PER_TURN)
+    application.ctx.turns = turns or TurnBudget()
     # Tells Sanic that only HTTP/1.1 is served. Otherwise every response carries an empty Alt-Svc.
     application.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
     return application
@@ -399,7 +404,7 @@ class TracedAssets:
 
 def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     """Build the public API. Opens nothing: serve it with a PublicServer, and run `ctx.squid_status` beside it."""
-    application = make_application(context.settings.public_api)
+    application = make_application(context.settings.public_api, turns=context.turns)
     usage = UsageReader(context)
     catalog = context.settings.catalog
     _add_assets(application, assets, catalog.kind == "origin" and context.settings.origin.query == "include")

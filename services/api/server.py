@@ -33,6 +33,7 @@ from distributor_node.services.api.protocol import PublicProtocol
 from distributor_node.services.api.sanic_app import ApiApplication, prepare_start
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.runtime.process import descriptor_ceiling
+from distributor_node.shared.waiting import TurnBudget
 
 BACKLOG = 1024
 EMFILE_BACKOFF = 0.5
@@ -203,8 +204,9 @@ class Connections(set[PublicProtocol]):
         return True
 
 
-ACCEPTED_AT_ONCE = 32
+ACCEPTED_AT_ONCE = 8
 """Connections that one turn of the event loop accepts, or more if its turns are long."""
+ACCEPTED_WHILE_REQUESTS_WAIT = 2
 _CONNECTION_SECONDS = (
     0.0002  # about the time that the loop takes until a new connection waits for its first request
 )
@@ -217,6 +219,9 @@ class AcceptLoop:
     thousand clients connect at once, the last of them would wait for a thousand turns, which takes seconds. All of them
     in one turn are a piece of work for which the connected clients would wait. So a turn accepts ACCEPTED_AT_ONCE
     connections, or as many as take about as long as the turn before: at most half of the loop's time is for accepting.
+
+    Where requests wait for their turns, these are what makes the turns long, and more connections would bring more of
+    them: then a turn accepts ACCEPTED_WHILE_REQUESTS_WAIT, which is still more than it begins.
     """
 
     def __init__(
@@ -225,12 +230,15 @@ class AcceptLoop:
         make_protocol: Callable[[], asyncio.BaseProtocol],
         backlog: int,
         ceiling: int | None = None,
+        requests_wait: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start to listen on `listener`, a bound, non-blocking socket, unless it listens already. `close` closes it.
 
         `ceiling`: the number of open descriptors at which accepting pauses. What is above it is for the work that
-        accepted connections ask for: files, and connections to sources.
+        accepted connections ask for: files, and connections to sources. `requests_wait`: whether requests of accepted
+        connections wait for their turns.
         """
+        self._requests_wait = requests_wait
         self._ceiling = ceiling
         self._pause_log = OutageLog(logger, down="accepting_paused", up="accepting_resumed")
         self._loop = asyncio.get_running_loop()
@@ -272,7 +280,9 @@ class AcceptLoop:
     def _accept_in_turn(self) -> None:
         """Accept some of what is queued. The socket stays readable, so the next turn goes on."""
         most, now = ACCEPTED_AT_ONCE, time.monotonic()
-        if self._left_queued_at is not None:
+        if self._requests_wait():
+            most = ACCEPTED_WHILE_REQUESTS_WAIT
+        elif self._left_queued_at is not None:
             most = max(most, int((now - self._left_queued_at) / _CONNECTION_SECONDS))
         self._left_queued_at = None
         if self._accept(min(most, self._backlog)):
@@ -344,7 +354,9 @@ def create_accepting_server(
     loop = asyncio.get_running_loop()
     make_protocol = partial(protocol, loop=loop, connections=connections, app=application)
 
+    turns: TurnBudget = application.ctx.turns
+
     async def accept() -> AcceptLoop:
-        return AcceptLoop(bound, make_protocol, backlog, descriptor_ceiling())
+        return AcceptLoop(bound, make_protocol, backlog, descriptor_ceiling(), lambda: turns.requests_wait)
 
     return AsyncioServer(app=application, loop=loop, serve_coro=accept(), connections=connections)

@@ -8,13 +8,13 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
 import distributor_node.services.api.server as server_module
 from distributor_node.services.api.listen import ListenAddress, bind
-from distributor_node.services.api.server import ACCEPTED_AT_ONCE, AcceptLoop
+from distributor_node.services.api.server import ACCEPTED_AT_ONCE, ACCEPTED_WHILE_REQUESTS_WAIT, AcceptLoop
 from tests.waiting import eventually
 
 CROWD = 200
@@ -43,13 +43,19 @@ class FullTable(socket.socket):
         return super().accept()
 
 
+class Listen(Protocol):
+    def __call__(
+        self, listener: socket.socket, requests_wait: Callable[[], bool] = lambda: False
+    ) -> AcceptLoop: ...
+
+
 @pytest.fixture
-async def listen() -> AsyncIterator[Callable[[socket.socket], AcceptLoop]]:
+async def listen() -> AsyncIterator[Listen]:
     Greeter.made = 0
     accept_loops: list[AcceptLoop] = []
 
-    def start(listener: socket.socket) -> AcceptLoop:
-        accept_loops.append(AcceptLoop(listener, Greeter, 1024))
+    def start(listener: socket.socket, requests_wait: Callable[[], bool] = lambda: False) -> AcceptLoop:
+        accept_loops.append(AcceptLoop(listener, Greeter, 1024, requests_wait=requests_wait))
         return accept_loops[-1]
 
     yield start
@@ -70,7 +76,7 @@ class SlowClock:
 
 @pytest.mark.parametrize(("turn", "at_once"), [(0.0, ACCEPTED_AT_ONCE), (0.01, 50)])
 async def test_simultaneous_clients_are_accepted_some_in_each_turn(
-    listen: Callable[[socket.socket], AcceptLoop],
+    listen: Listen,
     monkeypatch: pytest.MonkeyPatch,
     turn: float,
     at_once: int,
@@ -96,8 +102,26 @@ async def test_simultaneous_clients_are_accepted_some_in_each_turn(
         client.close()
 
 
+async def test_few_clients_are_accepted_while_requests_wait(
+    listen: Listen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "time", SlowClock(0.01))
+    bound = bind(ListenAddress("127.0.0.1", 0))
+    bound.listen(1024)
+    clients = [socket.create_connection(bound.getsockname()) for _ in range(12)]
+    accept_loop = listen(bound, lambda: True)
+    counts = [0]
+    while counts[-1] < len(clients):
+        await asyncio.sleep(0)
+        if accept_loop.accepted_count != counts[-1]:
+            counts.append(accept_loop.accepted_count)
+    assert {after - before for before, after in pairwise(counts)} == {ACCEPTED_WHILE_REQUESTS_WAIT}
+    for client in clients:
+        client.close()
+
+
 async def test_after_close_new_clients_are_refused_and_accepted_ones_stay(
-    listen: Callable[[socket.socket], AcceptLoop],
+    listen: Listen,
 ) -> None:
     bound = bind(ListenAddress("127.0.0.1", 0))
     place = bound.getsockname()
@@ -114,7 +138,7 @@ async def test_after_close_new_clients_are_refused_and_accepted_ones_stay(
 
 
 async def test_without_descriptors_the_loop_backs_off_and_the_client_is_accepted_later(
-    listen: Callable[[socket.socket], AcceptLoop], monkeypatch: pytest.MonkeyPatch
+    listen: Listen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_module, "EMFILE_BACKOFF", 0.05)
     monkeypatch.setattr(FullTable, "failures", 1)

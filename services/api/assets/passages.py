@@ -434,6 +434,7 @@ class Passages:
                 begin = received.first = response.first
 
         expected = Expected(may_widen=not key.is_tail)
+        await self._turns.take_request()
         async with aclosing(
             self._reader.stream(
                 media_object,

@@ -68,6 +68,7 @@ class ProxiedResponse:
     representation: Representation
     span: Span
     outcome: CacheOutcome
+    client: str = ""  # its address
     preferred: str | None = None  # the source to try first: the one that the object's fetch uses
     contributors: set[str] = field(default_factory=set)  # sources whose bytes have passed
     media_type: str | None = None  # as stated by the first source that responded
@@ -364,7 +365,7 @@ class Proxy:
         version = proxied.representation.version
         wanted = replace(proxied.media_object, validators=version.validators)
         must_match = version.if_range is not None and proxied.span.partial
-        await proxied.response.take_request_turn()
+        await proxied.response.take_request_turn(proxied.client)
         try:
             async with aclosing(
                 self._failover_reader.stream(
@@ -405,7 +406,7 @@ class Proxy:
         """A place among `max_proxied`. If all are taken, a slow client's response is ended for it."""
         request = proxied.response.request
         stream: Any = request.stream
-        client = client_of_request(self._addresses, request)
+        client = proxied.client = client_of_request(self._addresses, request)
         if self._free_slots <= 0 and not self._slow_clients.free_place(client):
             if started:
                 raise AbortResponse("too_many_proxied")

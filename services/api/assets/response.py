@@ -360,9 +360,9 @@ class ResponseWriter:
         """
         await self._turns.take(size)
 
-    async def take_request_turn(self) -> None:
-        """Wait for the turn in which a source may be asked for the body."""
-        await self._turns.take_request()
+    async def take_request_turn(self, client: str) -> None:
+        """Wait for the turn in which a source may be asked for the body. `client`: see `client_of_request`."""
+        await self._turns.take_request(client)
 
     async def send(self, chunk: bytes | memoryview, source: DataSource) -> None:
         """Send a chunk once the client has taken those before. Call `take_turn` first."""

@@ -165,11 +165,14 @@ class Connections:
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._limits.first_byte_timeout):
-                await self._slots.acquire()
-        except TimeoutError as error:
-            raise SourceError(f"all {self._limits.max_connections} connections are in use") from error
+        if self._slots.locked():
+            try:
+                async with asyncio.timeout(self._limits.first_byte_timeout):
+                    await self._slots.acquire()
+            except TimeoutError as error:
+                raise SourceError(f"all {self._limits.max_connections} connections are in use") from error
+        else:
+            await self._slots.acquire()  # at once
         try:
             yield
         finally:
