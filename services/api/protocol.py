@@ -77,7 +77,7 @@ class ApiHttp(Http):
         Whether the connection persists depends on the tokens of Connection (RFC 9112 section 9.3).
         """
         while not self.recv_buffer:
-            await self._receive_more()  # type: ignore[no-untyped-call]
+            await self._receive_more()
         turns: TurnBudget = self.protocol.app.ctx.turns
         await turns.take_whole()
         await super().http1_request_header()  # type: ignore[no-untyped-call]

@@ -68,7 +68,6 @@ class ProxiedResponse:
     representation: Representation
     span: Span
     outcome: CacheOutcome
-    client: str = ""  # its address
     preferred: str | None = None  # the source to try first: the one that the object's fetch uses
     contributors: set[str] = field(default_factory=set)  # sources whose bytes have passed
     media_type: str | None = None  # as stated by the first source that responded
@@ -78,6 +77,7 @@ class ProxiedResponse:
     caching_rules: CachingRules | None = None  # None: the source is not an HTTP origin
     peer_use: PeerUse = PeerUse.FETCH  # what is asked of peers before the sources
     passed_headers: dict[str, str] = field(default_factory=dict)  # of a response that must not be stored
+    client: str = ""  # its address
 
     def on_source_response(self, url: str, response: SourceResponse) -> None:
         """Take the media type and the size from a source's response, if the catalog does not state them."""
