@@ -169,7 +169,7 @@ def _check_made_directory(path: Path) -> str:
     """Of a directory that a service makes if it is missing."""
     nearest = next(one for one in (path, *path.parents, Path()) if os.path.lexists(one))
     if not nearest.is_dir():
-        raise InvalidInput(f"expected a directory, got {path}: {nearest} is a file")
+        raise InvalidInput(f"expected a directory, got {path}: {nearest} is none")
     if nearest == path and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         return f"{path} cannot be written by this user; the services have to"
     return ""
