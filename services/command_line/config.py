@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import cleandoc
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,7 +18,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from distributor_node.shared.domain.eviction import MissCost
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.logging import redact_text
@@ -116,6 +119,101 @@ def render_schema() -> str:
             if "$ref" in field or field.get("default") == _REDACTED:
                 field.pop("default", None)  # of a group; of a secret
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+# Whether the files and directories that settings name can be used.
+#
+# What is not here is a remark, because settings are often checked on another machine. So is what another user may be
+# allowed to do. The manifest is read with the catalog.
+
+
+def check_files(settings: Settings, *, online: bool) -> list[str]:
+    """Return remarks. Raises ConfigurationError, with a line for each setting that names something unusable.
+
+    `online`: this is the node's machine, so the secret of the fleet has to be here.
+    """
+    remarks, problems = [], []
+    for name, check in _CHECKS.items():
+        group, _, field = name.partition(".")
+        path: Path | None = getattr(getattr(settings, group), field)
+        if path is None or (name == _FLEET_SECRET and not settings.peers.enabled):
+            continue
+        try:
+            remark = check(path)
+        except FileNotFoundError:
+            if online and name == _FLEET_SECRET:
+                problems.append(f"{name}: expected a file, and {path} is not here")
+                continue
+            remark = f"{path} is not here, so it was not checked"
+        except OSError as error:
+            problems.append(f"{name}: {path} cannot be read: {error.strerror}")
+            continue
+        except InvalidInput as error:
+            problems.append(f"{name}: {error}")
+            continue
+        if remark:
+            remarks.append(f"{name}: {remark}")
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+    return remarks
+
+
+def _check_secret(path: Path) -> str:
+    from distributor_node.shared.adapters.peers import read_secret
+
+    read_secret(path)
+    return ""
+
+
+def _check_made_directory(path: Path) -> str:
+    """Of a directory that a service makes if it is missing."""
+    nearest = next(one for one in (path, *path.parents, Path()) if os.path.lexists(one))
+    if not nearest.is_dir():
+        raise InvalidInput(f"expected a directory, got {path}: {nearest} is none")
+    if nearest == path and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        return f"{path} cannot be written by this user; the services have to"
+    return ""
+
+
+def _check_log(path: Path) -> str:
+    """Of a file that the API makes, in a directory that it does not make."""
+    if path.is_dir():
+        raise InvalidInput(f"expected a file, got the directory {path}")
+    if not path.parent.is_dir():
+        return f"the directory {path.parent} is not here, and the node does not make it"
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        return f"{path} cannot be written by this user; the API has to"
+    return ""
+
+
+def _check_assets(path: Path) -> str:
+    """Of another node's directory, without which the node works too."""
+    if not stat.S_ISDIR(path.stat().st_mode):
+        raise InvalidInput(f"expected a directory, got the file {path}")
+    return "" if os.access(path, os.R_OK | os.X_OK) else f"{path} cannot be read by this user"
+
+
+def _check_cache_state(path: Path) -> str:
+    """Of another node's file, without which the node works too."""
+    from distributor_node.services.evictor.node_import import read_cache_state
+
+    try:
+        read_cache_state(path)
+    except InvalidInput as error:
+        return f"{path} cannot be used: {error}"
+    return ""
+
+
+_FLEET_SECRET = "peers.secret_file"  # noqa: S105 - a setting's name
+_CHECKS: Mapping[str, Callable[[Path], str]] = {
+    _FLEET_SECRET: _check_secret,
+    "storage.path": _check_made_directory,
+    "storage.import_assets": _check_assets,
+    "storage.import_cache_state": _check_cache_state,
+    "metrics.multiprocess_dir": _check_made_directory,
+    "log.access_file": _check_log,
+}
+"""By setting. Each returns a remark, or nothing. Raises OSError, or InvalidInput for what cannot be used."""
 
 
 # Whether the catalog can be used: the manifest is read, and with `--online` the squid or the origin is asked.

@@ -154,11 +154,12 @@ def check(
         bool, typer.Option("--online", help="Reach the catalog too: the squid, or the origin's server.")
     ] = False,
 ) -> None:
-    """Check the settings and the manifest. If they are invalid, print the reasons and exit with code 2."""
-    from distributor_node.services.command_line.config import check_catalog
+    """Check the settings, the manifest and other files that they name. If they are invalid, print the reasons and exit
+    with code 2."""
+    from distributor_node.services.command_line.config import check_catalog, check_files
 
     settings = _load(config, service)
-    for remark in check_catalog(settings, online=online):
+    for remark in [*check_files(settings, online=online), *check_catalog(settings, online=online)]:
         print(remark, file=sys.stderr)
     if service is not None:
         print(f"The settings are valid for {service}.")

@@ -177,7 +177,7 @@ def drain(
 
 @app.command()
 def purge(context: typer.Context, ids: Ids = None, all_objects: All = False, fleet: Fleet = False) -> None:
-    """Remove objects, including pinned ones. Responses under way are completed."""
+    """Remove objects, including pinned ones. Responses under way are completed. Says what each was found to be."""
     if all_objects and not ids:
         _run(context, lambda client: client.command("purge", {"all": True}), fleet=fleet)
     else:
@@ -186,13 +186,13 @@ def purge(context: typer.Context, ids: Ids = None, all_objects: All = False, fle
 
 @app.command()
 def pin(context: typer.Context, ids: Ids = None, fleet: Fleet = False) -> None:
-    """Never evict these objects."""
+    """Never evict these objects, also when they are fetched later. Says of each whether it is here or known."""
     _for_ids(context, "pin", ids, fleet=fleet)
 
 
 @app.command()
 def unpin(context: typer.Context, ids: Ids = None, fleet: Fleet = False) -> None:
-    """Let these objects be evicted again."""
+    """Let these objects be evicted again. Says of each whether it was pinned."""
     _for_ids(context, "unpin", ids, fleet=fleet)
 
 
@@ -298,8 +298,9 @@ def _for_ids(
         response: dict[str, Any] = {}
         for batch in batches:
             result = client.command(name, {"ids": batch})
-            for key in result.keys() & {"changed", "purging"}:
-                result[key] += response.get(key, 0)
+            for key in ("changed", "purging", "objects"):
+                if key in response:
+                    result[key] = response[key] + result[key]
             response = result
         return response
 

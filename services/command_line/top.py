@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
     import httpx
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 _TIMEOUT = 15.0  # seconds without an event; there is one each second
 _COMPLETE_WAIT = 10.0
 _RETRY_INTERVAL = 1.0
 _BAR_WIDTH = 40
 _MAX_ROWS = 12
+_NARROW = 100  # columns of a terminal below which texts are shorter
+_GAP = 2  # between the columns of a table
+_SHORTEST = 12  # columns that a text keeps when it is cut
 UNHEALTHY, UNREACHABLE = 1, 3
 """Exit codes: something does not work; the page cannot be read."""
 
@@ -180,7 +185,8 @@ def _print(snapshot: Mapping[str, Any], *, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    Console(highlight=False).print(screen(snapshot))
+    console = Console(highlight=False)
+    console.print(screen(snapshot, console.width))
 
 
 def _follow(page: Page) -> None:
@@ -192,12 +198,16 @@ def _follow(page: Page) -> None:
     first = next(iter(page.snapshots()))
     console = Console(highlight=False)
     with Live(
-        screen(first), console=console, screen=True, auto_refresh=False, vertical_overflow="crop"
+        screen(first, console.width),
+        console=console,
+        screen=True,
+        auto_refresh=False,
+        vertical_overflow="crop",
     ) as live:
         while True:
             try:
                 for snapshot in page.snapshots():
-                    live.update(screen(snapshot), refresh=True)
+                    live.update(screen(snapshot, console.width), refresh=True)
             except PageUnreachable as error:
                 live.update(Text(f"{error}; trying again", style="red"), refresh=True)
                 time.sleep(_RETRY_INTERVAL)
@@ -206,17 +216,18 @@ def _follow(page: Page) -> None:
 # The screen
 
 
-def screen(snapshot: Mapping[str, Any]) -> RenderableType:
-    """Lay the snapshot out. All texts of it are shown as they are, without markup."""
+def screen(snapshot: Mapping[str, Any], width: int) -> RenderableType:
+    """Lay the snapshot out for a terminal of `width` columns. All texts of it are shown as they are, without markup."""
     from rich.console import Group
     from rich.padding import Padding
 
+    width -= 2  # the padding
     sections = [
         *_head(snapshot),
-        *_volume(snapshot["volume"]),
-        *_downloads(snapshot["downloads"], snapshot["queue"]),
-        *_sources(snapshot["sources"]),
-        *_removed(snapshot["volume"]["removed"], snapshot["at"]),
+        *_volume(snapshot["volume"], width),
+        *_downloads(snapshot["downloads"], snapshot["queue"], width),
+        *_sources(snapshot["sources"], width),
+        *_removed(snapshot["volume"]["removed"], snapshot["at"], width),
     ]
     return Padding(Group(*sections), (0, 1))
 
@@ -260,7 +271,7 @@ def _sentence(said: Mapping[str, float]) -> str:
     return f"served {served}, fetched {size(said['fetched'])}: {said['hit']:.0f} of {asked} from disk"
 
 
-def _volume(volume: Mapping[str, Any]) -> list[RenderableType]:
+def _volume(volume: Mapping[str, Any], width: int) -> list[RenderableType]:
     from rich.text import Text
 
     from distributor_node.shared.settings.sizes import plural
@@ -277,31 +288,59 @@ def _volume(volume: Mapping[str, Any]) -> list[RenderableType]:
         if parked and parked["objects"]
         else ""
     )
-    words = f"  {objects}, {size(volume['reserved'])} reserved, of {size(limit)}{partial}"
-    return [_heading("Volume"), bar.append(words, "default")]
+    words = f"{objects}, {size(volume['reserved'])} reserved, of {size(limit)}{partial}"
+    place = "\n" if bar.cell_len + _GAP + len(words) > width else " " * _GAP
+    return [_heading("Volume"), bar.append(place + words, "default")]
 
 
-def _downloads(downloads: Sequence[Mapping[str, Any]], queue: Mapping[str, Any]) -> list[RenderableType]:
+def _downloads(
+    downloads: Sequence[Mapping[str, Any]], queue: Mapping[str, Any], width: int
+) -> list[RenderableType]:
     from rich.text import Text
 
-    heading = _heading(f"Downloads: {queue['downloads']} running, {queue['waiting']} waiting")
-    if not downloads:
+    paused = f"{queue['paused']} paused, " if queue.get("paused") else ""
+    heading = _heading(f"Downloads: {queue['downloads']} running, {paused}{queue['waiting']} waiting")
+    waiting = queue.get("next", ())
+    if not downloads and not waiting:
         return [heading, Text("none", "dim")]
-    table = _table("object", "progress", "on disk", "rate", "left", "viewers", "source")
-    for one in downloads[:_MAX_ROWS]:
-        parked = one.get("phase") == "parked"  # a node of an earlier version does not tell
-        left = "" if parked or one["secondsLeft"] is None else duration(one["secondsLeft"])
-        switched = f" (after {', '.join(one['sources'][:-1])})" if one["sources"][:-1] else ""
-        table.add_row(
-            Text(one["id"]),
-            progress(one),
-            f"{size(on_disk(one))} of {size(one['size']) if one['size'] else '?'}",
-            "interrupted" if parked else "" if one["rate"] is None else f"{size(one['rate'])}/s",
-            left,
-            str(len(one["viewers"]) + one["moreViewers"]),
-            Text((one["source"] or "none") + switched),
-        )
-    return [heading, table]
+    narrow = width < _NARROW
+    columns = (
+        _Column("object", cut=True),
+        _Column("progress"),
+        _Column("on disk"),
+        _Column("rate"),
+        _Column("left", leave_out=2),
+        _Column("viewers", leave_out=1),
+        _Column("source", leave_out=3, cut=True),
+    )
+    rows: list[tuple[str | Text, ...]] = [_download(one, narrow=narrow) for one in downloads[:_MAX_ROWS]]
+    rows += [
+        (one["id"], "", "", f"waiting {duration(one['age'])}", "", str(one["viewers"]), "")
+        for one in waiting[: _MAX_ROWS - len(rows)]
+    ]
+    return [heading, _table(width, columns, rows)]
+
+
+def _download(one: Mapping[str, Any], *, narrow: bool) -> tuple[str | Text, ...]:
+    # A node of an earlier version does not tell phase or pause.
+    if one.get("phase") == "parked":
+        rate, left = "interrupted", None
+    elif one.get("paused"):
+        rate, left = "paused", None
+    else:
+        rate, left = "" if one["rate"] is None else f"{size(one['rate'])}/s", one["secondsLeft"]
+    total, held = one["size"], on_disk(one)
+    arrived = f"{100 * held // total} %" if narrow and total else size(held)
+    switched = f" (after {', '.join(one['sources'][:-1])})" if one["sources"][:-1] else ""
+    return (
+        one["id"],
+        progress(one, 12 if narrow else 24),
+        f"{arrived} of {size(total) if total else '?'}",
+        rate,
+        "" if left is None else duration(left),
+        str(len(one["viewers"]) + one["moreViewers"]),
+        (one["source"] or "none") + switched,
+    )
 
 
 def on_disk(download: Mapping[str, Any]) -> int:
@@ -309,7 +348,7 @@ def on_disk(download: Mapping[str, Any]) -> int:
     return sum(end - first for first, end in download["extents"])
 
 
-def progress(download: Mapping[str, Any], width: int = 24) -> Any:
+def progress(download: Mapping[str, Any], width: int) -> Text:
     """A bar of the extents, with a dot where viewers are."""
     from rich.text import Text
 
@@ -326,12 +365,13 @@ def progress(download: Mapping[str, Any], width: int = 24) -> Any:
     return text
 
 
-def _sources(sources: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+def _sources(sources: Sequence[Mapping[str, Any]], width: int) -> list[RenderableType]:
     from rich.text import Text
 
     if not sources:
         return []
-    table = _table("rank", "source", "state", "first byte", "received", "failures")
+    rows: list[tuple[str | Text, ...]] = []
+    narrow = width < _NARROW
     for one in sources[:_MAX_ROWS]:
         if one["penaltyLeft"] > 0:
             state = Text(f"asked last for {duration(one['penaltyLeft'])}", "red")
@@ -339,25 +379,41 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
             state = Text("answers", "green")
         first_bytes = one["firstBytes"]
         mean = f"{1000 * sum(first_bytes) / len(first_bytes):.0f} ms" if first_bytes else ""
-        if mean and not one["requests"]:
+        if mean and not one["requests"] and not narrow:
             mean += ", of probes"
-        failures = ", ".join(f"{count:.0f} {reason}" for reason, count in one["failures"].items() if count)
-        table.add_row(
-            str(one["rank"]), Text(one["name"]), state, mean, size(one["bytes"]), Text(failures or "none")
-        )
-    return [_heading("Sources"), table]
+        counts = {"": sum(one["failures"].values())} if narrow else one["failures"]
+        failures = ", ".join(f"{count:.0f} {reason}".strip() for reason, count in counts.items() if count)
+        rows.append((str(one["rank"]), one["name"], state, mean, size(one["bytes"]), failures or "none"))
+    columns = (
+        _Column("rank", leave_out=1),
+        _Column("source", cut=True),
+        _Column("state"),
+        _Column("first byte"),
+        _Column("received"),
+        _Column("failures", cut=True),
+    )
+    return [_heading("Sources"), _table(width, columns, rows)]
 
 
-def _removed(removed: Sequence[Mapping[str, Any]], now: float) -> list[RenderableType]:
-    from rich.text import Text
-
+def _removed(removed: Sequence[Mapping[str, Any]], now: float, width: int) -> list[RenderableType]:
     if not removed:
         return []
-    table = _table("removed", "object", "size", "reason")
-    for one in reversed(removed[-5:]):
-        ago = f"{duration(max(0.0, now - one['at']))} ago"
-        table.add_row(ago, Text(one["id"]), size(one.get("size", one["bytes"])), Text(one["words"]))
-    return [_heading("Removed last"), table]
+    rows = [
+        (
+            f"{duration(max(0.0, now - one['at']))} ago",
+            one["id"],
+            size(one.get("size", one["bytes"])),
+            one["words"],
+        )
+        for one in reversed(removed[-5:])
+    ]
+    columns = (
+        _Column("removed"),
+        _Column("object", cut=True),
+        _Column("size"),
+        _Column("reason", cut=True),
+    )
+    return [_heading("Removed last"), _table(width, columns, rows)]
 
 
 def _heading(words: str) -> RenderableType:
@@ -366,12 +422,43 @@ def _heading(words: str) -> RenderableType:
     return Text(f"\n{words}", "bold")
 
 
-def _table(*columns: str) -> Table:
-    from rich.table import Table
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of a table, and what becomes of it where the table is too wide."""
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for column in columns:
-        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    name: str
+    cut: bool = False  # its texts are cut
+    leave_out: int = 0  # it is left out, the highest number first; 0: never
+
+
+def _table(width: int, columns: Sequence[_Column], rows: Sequence[Sequence[str | Text]]) -> Table:
+    """Return a table of at most `width` columns of the terminal, if that is possible."""
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    wanted = [
+        max(len(column.name), *(row[place].cell_len for row in cells)) for place, column in enumerate(columns)
+    ]
+    shown = list(range(len(columns)))
+
+    def excess() -> int:
+        least = (min(wanted[one], _SHORTEST) if columns[one].cut else wanted[one] for one in shown)
+        return sum(least) + _GAP * (len(shown) - 1) - width
+
+    for place in sorted(shown, key=lambda one: -columns[one].leave_out):
+        if excess() > 0 and columns[place].leave_out:
+            shown.remove(place)
+    room = width - _GAP * (len(shown) - 1) - sum(wanted[one] for one in shown if not columns[one].cut)
+    flexible = sorted((one for one in shown if columns[one].cut), key=wanted.__getitem__)
+    for left, place in zip(range(len(flexible), 0, -1), flexible, strict=True):
+        wanted[place] = min(wanted[place], max(_SHORTEST, room // left))
+        room -= wanted[place]
+    table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="dim", pad_edge=False)
+    for place in shown:
+        table.add_column(columns[place].name, no_wrap=True, overflow="ellipsis", width=wanted[place])
+    for row in cells:
+        table.add_row(*(row[place] for place in shown))
     return table
 
 

@@ -37,6 +37,8 @@ FILM = "10-minute.mp4"
 FILLERS = 6
 """Objects of 64 MiB which, with the one that the demo has anyway, do not fit into the cache together."""
 STORAGE_LIMIT = "400M"
+LOW_WATERMARK = 0.5
+"""So low that there is ample room, in which films are fetched to their ends, in an empty cache alone."""
 SETTINGS_FILE = "settings.yaml"
 _MAX_PORTS_TRIED = 200
 
@@ -194,7 +196,10 @@ def demo_settings(
         "metrics": {"host": HOST, "port": metrics_port},
         "dashboard": {"host": HOST, "port": dashboard_port},
         "catalog": catalog,
-        "storage": {"path": str(folder / "volume"), "limit": STORAGE_LIMIT},
+        "storage": {"path": str(folder / "volume"), "limit": STORAGE_LIMIT, "low_watermark": LOW_WATERMARK},
+        # So that the first viewer of each scene has the film fetched, and not proxied.
+        "admission": {"above_size": "off"},
+        "fetch": {"viewer_timeout": 5},
         "evictor": {"min_idle": 5},
         "shutdown_deadline": 10,
         "log": {"level": "warning", "format": "console"},

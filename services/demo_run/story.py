@@ -22,12 +22,14 @@ from distributor_node.services.demo.objects import MIB, DemoObject
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.services.standalone.main import RunningNode
 from distributor_node.shared.domain.objects import ContentHash, ObjectId
+from distributor_node.shared.ports.state_store import Fetch, FetchPhase
 
 PACE = 8 * MIB
 """Bytes a second that each storage node sends of the film."""
 
 SLOW_PACE = MIB
 CUT_AFTER, CORRUPT_AT = 12 * MIB, 20 * MIB
+LEAVES_AFTER = 8 * MIB
 MANY, FEW = 20, 5
 """Viewers of a scene."""
 
@@ -35,7 +37,7 @@ CORRUPT_MEMORY = 600.0
 """Seconds for which the node does not ask a storage node again for an object of which it had wrong bytes."""
 
 _KILL_AFTER, _FETCHER_PAUSE = 1.5, 1.0  # less than public_api.stalled_fetch_wait: nothing is bridged
-_FORGET_SECONDS = 30.0
+_FORGET_SECONDS, _PAUSE_SECONDS = 30.0, 60.0
 _RETRY_SECONDS = 0.5
 _MAX_CUTS = 10
 
@@ -50,7 +52,7 @@ class Viewer:
     received: int = 0  # bytes of all answers
     cache: str = ""  # hit, pending or miss: of the latest answer
     cuts: int = 0
-    state: str = "running"  # or done, wrong (complete, with wrong bytes), failed
+    state: str = "running"  # or done, left, wrong (complete, with wrong bytes), failed
 
     def as_json(self) -> dict[str, Any]:
         """Return what the page shows."""
@@ -120,6 +122,7 @@ class Story:
             "cut": self._cut,
             "corrupt": self._corrupt,
             "kill": self._kill,
+            "leave": self._leave,
             "forget": self._only_forget,
             "fill": self._fill,
         }
@@ -202,9 +205,24 @@ class Story:
     async def _only_forget(self) -> None:
         await self._forget()
 
-    async def _fill(self) -> None:
+    async def _leave(self) -> None:
+        """One viewer leaves early. The film is fetched a window ahead of it, and stays as a partial object."""
+        if self.node is None:
+            return
+        state, film = self.node.state, ObjectId.parse(self.film.object_id)
+        await self._forget()
+        # With another object there is no ample room, in which the rest of the film would be fetched all the same.
+        await self._fill(self.others[:1])
+        self.viewers = [Viewer()]
         async with self._client() as client:
-            for item in self.others:
+            await self._view(self.viewers[0], client, LEAVES_AFTER)
+        async with asyncio.timeout(_PAUSE_SECONDS):
+            while not _has_ended((await state.find(film)).fetch):  # noqa: ASYNC110 - the page polls as well
+                await asyncio.sleep(0.1)
+
+    async def _fill(self, items: Sequence[DemoObject] | None = None) -> None:
+        async with self._client() as client:
+            for item in self.others if items is None else items:
                 async with client.stream("GET", self._url(item)) as answer:
                     async for data in answer.aiter_raw():
                         self.filled += len(data)
@@ -215,7 +233,10 @@ class Story:
             for viewer in self.viewers:
                 group.create_task(self._view(viewer, client))
 
-    async def _view(self, viewer: Viewer, client: httpx.AsyncClient) -> None:
+    async def _view(
+        self, viewer: Viewer, client: httpx.AsyncClient, leaves_after: float = float("inf")
+    ) -> None:
+        """`leaves_after`: bytes."""
         while viewer.cuts < _MAX_CUTS:
             hasher, viewer.position = self._hash.hasher(), 0
             try:
@@ -226,6 +247,9 @@ class Story:
                         viewer.position += len(data)
                         viewer.received += len(data)
                         hasher.update(data)
+                        if viewer.position >= leaves_after:
+                            viewer.state = "left"
+                            return
                 viewer.state = "done" if hasher.digest() == self._hash.digest else "wrong"
                 return
             except httpx.HTTPError:
@@ -234,7 +258,7 @@ class Story:
         viewer.state = "failed"
 
     async def _forget(self) -> None:
-        """Have the node drop the film. A fetch that runs is let finish first, unhindered."""
+        """Have the node drop the film. A fetch that has begun is let finish first, unhindered."""
         if self.node is None:
             return
         for source in self.sources:
@@ -247,6 +271,7 @@ class Story:
                     # Responses under way keep their faults: the node asks again, and goes on at the same byte.
                     for source in self.sources:
                         await source.drop_connections()
+                    await self._view(Viewer(), client)  # it may wait for a viewer
                     asked = True
                 elif cache == "hit":
                     await self.node.state.request_purges([ObjectId.parse(self.film.object_id)])
@@ -267,6 +292,10 @@ class Story:
     def _client() -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=MANY + 1, max_keepalive_connections=0)
         return httpx.AsyncClient(timeout=60.0, limits=limits, trust_env=False)
+
+
+def _has_ended(fetch: Fetch | None) -> bool:
+    return fetch is None or fetch.phase is FetchPhase.PARKED
 
 
 def _download(record: RequestRecord, size: int) -> dict[str, Any]:

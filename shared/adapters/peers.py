@@ -18,6 +18,7 @@ from distributor_node.shared.adapters.sources.client import SourceClient, Source
 from distributor_node.shared.adapters.sources.connections import SourceLimits
 from distributor_node.shared.domain.errors import (
     ConfigurationError,
+    InvalidInput,
     SourceError,
     TooManyOpenFiles,
     VolumeError,
@@ -116,7 +117,14 @@ class Peers:
     async def open(self) -> None:
         """Read the secret, resolve the name, and begin to probe. Raises ConfigurationError for an unusable secret."""
         if self._secret_file is not None:
-            self._secret = await asyncio.to_thread(_read_secret, self._secret_file)
+            try:
+                self._secret = await asyncio.to_thread(read_secret, self._secret_file)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"peers.secret_file: {self._secret_file}: {error.strerror}"
+                ) from error
+            except InvalidInput as error:
+                raise ConfigurationError(f"peers.secret_file: {error}") from error
         await self.client.open()
         await self._prober.open()
         if self._rules.dns is None:
@@ -433,16 +441,11 @@ def _remember(times: OrderedDict[ObjectId, float], object_id: ObjectId, now: flo
         times.popitem(last=False)
 
 
-def _read_secret(file: Path) -> bytes:
-    """Blocking. Raises ConfigurationError."""
-    try:
-        secret = file.read_bytes().strip()
-    except OSError as error:
-        raise ConfigurationError(f"peers.secret_file: {file}: {error.strerror}") from error
+def read_secret(file: Path) -> bytes:
+    """Return the secret of a fleet. Blocking. Raises OSError if it cannot be read, InvalidInput if it is too short."""
+    secret = file.read_bytes().strip()
     if len(secret) < _MIN_SECRET:
-        raise ConfigurationError(
-            f"peers.secret_file: expected at least {_MIN_SECRET} bytes in {file}, got {len(secret)}"
-        )
+        raise InvalidInput(f"expected at least {_MIN_SECRET} bytes in {file}, got {len(secret)}")
     return secret
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from distributor_node.shared.domain.errors import InvalidInput
@@ -42,7 +43,7 @@ class OperatorState:
 
 def encode_operator_state(state: OperatorState) -> str:
     """JSON without the version, which the state store keeps separately."""
-    document: dict[str, Any] = {field.name: getattr(state, field.name) for field in fields(OperatorState)}
+    document: dict[str, Any] = {one.name: getattr(state, one.name) for one in fields(OperatorState)}
     del document["version"]
     document["buckets"] = None if state.buckets is None else sorted(state.buckets)
     return json.dumps(document)
@@ -52,9 +53,7 @@ def decode_operator_state(text: str | bytes, version: int) -> OperatorState:
     """Read what `encode_operator_state` wrote. Unknown fields are ignored. Raises InvalidInput for anything else."""
     try:
         document = json.loads(text)
-        known = {
-            field.name: document[field.name] for field in fields(OperatorState) if field.name in document
-        }
+        known = {one.name: document[one.name] for one in fields(OperatorState) if one.name in document}
         buckets = known.get("buckets")
         state = OperatorState(**{**known, "version": version})
         if buckets is not None:
@@ -127,7 +126,10 @@ class Warming:
     state: WarmingState = "waiting"
     total: int = 0  # objects; grows while the catalog is listed
     done: int = 0
-    skipped: int = 0  # cached already, not assigned, or without space
+    skipped: int = 0
+    skipped_for: Mapping[str, int] = field(
+        default_factory=dict
+    )  # by reason; without those of an earlier version
     failed: int = 0  # requested, but not fetched in time
     reason: str = ""  # why it ended early or cannot continue
 
@@ -157,6 +159,8 @@ def decode_warming(text: str | bytes, serial: int) -> Warming:
                 f"warming: expected state {', '.join(get_args(WarmingState))}, got {document['state']!r}"
             )
         counts = {name: int(document[name]) for name in ("total", "done", "skipped", "failed")}
-        return Warming(serial, scope, document["state"], **counts, reason=str(document.get("reason", "")))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        skipped_for = {str(name): int(count) for name, count in document.get("skipped_for", {}).items()}
+        reason = str(document.get("reason", ""))
+        return Warming(serial, scope, document["state"], **counts, skipped_for=skipped_for, reason=reason)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidInput(f"warming: unreadable: {type(error).__name__}") from error

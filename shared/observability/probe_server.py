@@ -52,11 +52,59 @@ def ready_without(problems: Callable[[], Awaitable[Sequence[str]]]) -> Callable[
 
 
 _MAX_HEAD = 8 * 1024  # bytes
-_TIMEOUT = 5.0  # seconds for one request
+_TIMEOUT = 5.0  # seconds to read a request's head, and again to answer a probe
 _OPENMETRICS = b"application/openmetrics-text"
 _MAX_CONNECTIONS = 64
 
 logger = structlog.get_logger()
+
+
+class HttpConnections:
+    """The connections of a small HTTP server. Each brings one request; its head is limited in size and time."""
+
+    def __init__(
+        self,
+        respond: Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+        most: int,
+    ) -> None:
+        """`respond`: gets the head, and writes the response. `most`: connections; further ones are closed."""
+        self._respond, self._most = respond, most
+        self._open: set[asyncio.Task[None]] = set()
+
+    async def listen(self, host: str, port: int) -> asyncio.Server:
+        """Raises OSError, or UnicodeError for what is not a host's name at all."""
+        return await asyncio.start_server(self._serve, host, port, limit=_MAX_HEAD)
+
+    async def listen_on_path(self, path: Path) -> asyncio.Server:
+        """As `listen`, on a Unix socket."""
+        return await asyncio.start_unix_server(self._serve, path, limit=_MAX_HEAD)
+
+    async def close(self) -> None:
+        """Close all that are open. Close the server first."""
+        for connection in self._open:
+            connection.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is None or len(self._open) >= self._most:
+            writer.close()
+            return
+        self._open.add(task)
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                head = await reader.readuntil(b"\r\n\r\n")
+            await self._respond(head, reader, writer)
+        except asyncio.LimitOverrunError:
+            writer.write(http_response(431, "text/plain", b"request head too large\n"))
+        except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
+            logger.debug("http_connection_failed", reason=type(error).__name__)
+        except asyncio.CancelledError:
+            # Cancelled by `close`. If it propagated, asyncio's callback would report it as an error.
+            writer.transport.abort()
+        finally:
+            self._open.discard(task)
+            writer.close()
 
 
 class ProbeServer:
@@ -68,7 +116,7 @@ class ProbeServer:
     def __init__(self, host: str, port: int, probes: Probes, *, path: Path | None = None) -> None:
         self._host, self._port, self._path, self._probes = host, port, path, probes
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections = HttpConnections(self._respond, _MAX_CONNECTIONS)
 
     @property
     def port(self) -> int:
@@ -81,11 +129,11 @@ class ProbeServer:
     async def __aenter__(self) -> ProbeServer:
         """Listen; ConfigurationError if the port is taken."""
         if self._path is not None:
-            self._server = await asyncio.start_unix_server(self._serve, self._path, limit=_MAX_HEAD)
+            self._server = await self._connections.listen_on_path(self._path)
             return self
         try:
-            self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=_MAX_HEAD)
-        except (OSError, UnicodeError) as error:  # UnicodeError: not a host's name at all
+            self._server = await self._connections.listen(self._host, self._port)
+        except (OSError, UnicodeError) as error:
             number = error.errno if isinstance(error, OSError) else None
             reason = os.strerror(number) if number and number > 0 else str(error)
             raise ConfigurationError(
@@ -96,39 +144,22 @@ class ProbeServer:
     async def __aexit__(self, *_exception: object) -> None:
         if self._server is not None:
             self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await self._connections.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is None or len(self._connections) >= _MAX_CONNECTIONS:
-            writer.close()
-            return
-        self._connections.add(task)
-        try:
-            async with asyncio.timeout(_TIMEOUT):
-                head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await self._response_to(head))
-                await writer.drain()
-        except asyncio.LimitOverrunError:
-            writer.write(_response(431, "text/plain", b"request head too large\n"))
-        except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
-            logger.debug("probe_connection_failed", reason=type(error).__name__)
-        except asyncio.CancelledError:
-            # Cancelled by `__aexit__`. If it propagated, asyncio's callback would report it as an error.
-            writer.transport.abort()
-        finally:
-            self._connections.discard(task)
-            writer.close()
+    async def _respond(
+        self, head: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        async with asyncio.timeout(_TIMEOUT):
+            writer.write(await self._response_to(head))
+            await writer.drain()
 
     async def _response_to(self, head: bytes) -> bytes:
         method, _, rest = head.split(b"\r\n", 1)[0].partition(b" ")
         path = rest.partition(b" ")[0].partition(b"?")[0]
         if method not in {b"GET", b"HEAD"}:
-            return _response(405, "text/plain", b"GET only\n", extra="Allow: GET, HEAD\r\n")
+            return http_response(405, "text/plain", b"GET only\n", extra="Allow: GET, HEAD\r\n")
         status, media_type, body = await self._resource(path, openmetrics=_OPENMETRICS in head.lower())
-        return _response(status, media_type, body, with_body=method == b"GET")
+        return http_response(status, media_type, body, with_body=method == b"GET")
 
     async def _resource(self, path: bytes, *, openmetrics: bool) -> tuple[int, str, bytes]:
         try:
@@ -167,7 +198,10 @@ def _report(*problems: str, degraded: Sequence[str] = ()) -> tuple[int, str, byt
     return 503, "application/json", json.dumps(body).encode() + b"\n"
 
 
-def _response(status: int, media_type: str, body: bytes, *, with_body: bool = True, extra: str = "") -> bytes:
+def http_response(
+    status: int, media_type: str, body: bytes, *, with_body: bool = True, extra: str = ""
+) -> bytes:
+    """Return a whole response, after which the connection is closed. `extra`: more header lines."""
     head = (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {media_type}\r\n"
         f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\n{extra}Connection: close\r\n\r\n"

@@ -491,8 +491,10 @@ class OperatorStore(Protocol):
     async def pinned(self) -> frozenset[ObjectId]:
         """Objects that are never evicted to make room."""
 
-    async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
-        """Pin and unpin objects. Returns how many changed. If any did, the operator state gets a new version."""
+    async def change_pins(
+        self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()
+    ) -> frozenset[ObjectId]:
+        """Pin and unpin objects. Returns those that changed. If any did, the operator state gets a new version."""
 
     async def request_purges(self, object_ids: Sequence[ObjectId]) -> None:
         """Ask the evictor to remove objects. Announces PURGE_REQUESTED."""

@@ -43,7 +43,7 @@ async def test_every_route_is_described_and_every_description_is_a_route(tmp_pat
         application = build_operator_app(
             context.settings.public_api,
             TokenAuthenticator(context.state, SECRET),
-            OperatorCommands(context.state, context.operator_state, context.catalog),
+            OperatorCommands(context.state, context.operator_state, context.catalog, context.volume),
             OperatorQueries(context.state, context.volume),
             ObjectExplainer(context.state, context.volume, context.settings.evictor),
             CacheWarmer(context, "here"),

@@ -63,9 +63,9 @@ class TestOperatorState:
 
 class TestPins:
     async def test_are_counted_once(self, harness: Harness) -> None:
-        assert await harness.store.change_pins(pin=[ONE, TWO]) == 2
-        assert await harness.other.change_pins(pin=[TWO, THREE]) == 1
-        assert await harness.store.change_pins(unpin=[ONE, ObjectId("9")]) == 1
+        assert await harness.store.change_pins(pin=[ONE, TWO]) == {ONE, TWO}
+        assert await harness.other.change_pins(pin=[TWO, THREE]) == {THREE}
+        assert await harness.store.change_pins(unpin=[ONE, ObjectId("9")]) == {ONE}
         assert await harness.store.pinned() == {TWO, THREE}
 
     async def test_increment_the_version_and_leave_the_operator_state_unchanged(
@@ -147,7 +147,9 @@ class TestWarming:
         assert await harness.other.warming() == ordered
         assert await harness.other.start_warming(WarmingScope()) is None
         assert await harness.store.lease_warming("api-1", 60) == ordered
-        over = replace(ordered, state="finished", total=3, done=1, skipped=1, failed=1)
+        over = replace(
+            ordered, state="finished", total=3, done=1, skipped=1, failed=1, skipped_for={"stored": 1}
+        )
         assert await harness.store.lease_warming("api-1", 60, over) == over
         assert await harness.other.warming() == over
         assert await harness.store.lease_warming("api-1", 60) is None

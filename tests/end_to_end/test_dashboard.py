@@ -90,9 +90,19 @@ async def standalone(folder: Path, count: int, size: int, **settings: str) -> As
         stack.add("standalone", DISTRIBUTOR_DASHBOARD__PORT=str(port), **settings)
         try:
             await stack.ready()
+            await eventually(lambda: is_served(port), what="the page is served")
             yield Standalone(stack, source, port)
         finally:
             stack.kill_all()
+
+
+async def is_served(port: int) -> bool:
+    """A node may be ready before its page is."""
+    try:
+        await get(f"http://127.0.0.1:{port}/page.css")
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 async def follow(url: str) -> asyncio.Task[Any]:
@@ -188,6 +198,23 @@ async def test_a_throttled_download_with_its_viewers(tmp_path: Path) -> None:
         assert sum(objects for objects, _ in page.last["snapshot"]["volume"]["map"]["cells"]) <= 1
 
 
+async def test_a_download_that_waits_for_its_viewer_is_paused(tmp_path: Path) -> None:
+    # There is no room above the low watermark for what is not watched.
+    settings = {
+        "DISTRIBUTOR_FETCH__WINDOW": "2M",
+        "DISTRIBUTOR_STORAGE__LOW_WATERMARK": "0.02",
+        "DISTRIBUTOR_STORAGE__HIGH_WATERMARK": "0.9",
+    }
+    async with standalone(tmp_path, 1, 41 * MIB, **settings) as node, open_page(node.port) as page:
+        _, writer = await asyncio.open_connection("127.0.0.1", node.stack.port, limit=64 * 1024)
+        writer.write(b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        now = await page.until(lambda now: now["queue"]["paused"], "a paused download")
+        [download] = now["downloads"]
+        assert (download["phase"], download["paused"], len(download["viewers"])) == ("fetching", True, 1)
+        assert (now["queue"]["downloads"], now["queue"]["paused"]) == (0, 1)
+        writer.transport.abort()
+
+
 async def test_an_eviction_appears_with_its_reason(tmp_path: Path) -> None:
     settings = {"DISTRIBUTOR_STORAGE__LIMIT": "10M", "DISTRIBUTOR_EVICTOR__MIN_IDLE": "1"}
     async with standalone(tmp_path, 20, MIB, **settings) as node, open_page(node.port) as page:
@@ -255,8 +282,8 @@ async def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
 
 
 async def test_the_terminal_shows_the_same(tmp_path: Path) -> None:
-    async with standalone(tmp_path, 1, 8 * MIB, DISTRIBUTOR_ID="[node]-7") as node:
-        node.source.faults.add(Fault(bytes_per_second=MIB), FILES)
+    async with standalone(tmp_path, 1, 16 * MIB, DISTRIBUTOR_ID="[node]-7") as node:
+        node.source.faults.add(Fault(bytes_per_second=MIB // 4), FILES)
         viewer = await follow(node.stack.url("1"))
         code, output, _ = await run("top", "--once", "--json", "--url", node.url(""))
         snapshot = json.loads(output)
@@ -269,7 +296,7 @@ async def test_the_terminal_shows_the_same(tmp_path: Path) -> None:
         assert "everything works" in output
         assert "Downloads: 1 running" in output
         assert "●" in output.partition("Downloads: 1")[2]
-        await viewer
+        viewer.cancel()
 
 
 async def test_status_ends_with_what_is_wrong(tmp_path: Path) -> None:

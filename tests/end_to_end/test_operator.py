@@ -294,6 +294,7 @@ async def test_warm_fetches_the_assignment_within_space_and_evicts_nothing(harne
     await eventually(over)
     assert {**(await operator.query("warm")), "reason": ""} == {
         "state": "finished", "total": 3, "done": 0, "skipped": 3, "failed": 0, "reason": "",
+        "skippedFor": {"stored": 1, "unknown": 1, "unassigned": 1},
     }  # fmt: skip
 
 
@@ -304,7 +305,15 @@ async def test_pinned_objects_are_not_evicted(harness: Harness) -> None:
     for name in ("1", "2"):
         await get(harness.stack.url(name))
         await harness.stack.until_hit(name)
-    assert await operator.command("pin", {"ids": ["1", "14"]}) == {"changed": 2, "pinned": 2}
+    assert await operator.command("pin", {"ids": ["1", "14", "1000"]}) == {
+        "changed": 3,
+        "pinned": 3,
+        "objects": [
+            {"id": "1", "state": "stored", "changed": True},
+            {"id": "14", "state": "absent", "changed": True},
+            {"id": "1000", "state": "unknown", "changed": True},
+        ],
+    }
     await killed_and_started_again(harness)
     for number in range(3, 14):
         await get(harness.stack.url(str(number)))
@@ -324,7 +333,9 @@ async def test_pinned_objects_are_not_evicted(harness: Harness) -> None:
         listed += [entry["id"] for entry in cached["objects"]]
     assert listed == sorted(set(listed))
     assert len(listed) == cached["total"]
-    assert await operator.command("unpin", {"ids": ["1", "5"]}) == {"changed": 1, "pinned": 1}
+    unpinned = await operator.command("unpin", {"ids": ["1", "5"]})
+    assert (unpinned["changed"], unpinned["pinned"]) == (1, 2)
+    assert [one["changed"] for one in unpinned["objects"]] == [True, False]
 
 
 async def test_drained_the_node_serves_hits_and_takes_no_fetches(harness: Harness) -> None:

@@ -137,7 +137,8 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(operated: tuple[Harn
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("distributor: 400 ")
     done = await command(operator, "purge", "-", stdin="1\n2\n\n")
-    assert json.loads(done.stdout) == {"purging": 2}
+    stored = [{"id": name, "state": "stored"} for name in ("1", "2")]
+    assert json.loads(done.stdout) == {"purging": 2, "objects": stored}
 
     async def purged() -> bool:
         return len((await command(operator, "cache")).stdout.splitlines()) == 3
@@ -147,6 +148,7 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(operated: tuple[Harn
     done = await command(operator, "warming")
     assert json.loads(done.stdout) | {"reason": ""} == {
         "state": "finished", "total": 2, "done": 1, "skipped": 1, "failed": 0, "reason": "",
+        "skippedFor": {"stored": 1},
     }  # fmt: skip
     assert (await ordered(operator, "purge", "--all"))["purging"] == 4
     assert (await ordered(operator, "drain"))["draining"]

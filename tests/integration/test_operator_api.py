@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from distributor_node.services.api.operator import commands as commands_module
 from distributor_node.services.api.operator.app import operator_api
-from distributor_node.services.api.operator.commands import MAX_PINS
+from distributor_node.services.api.operator.commands import MAX_PINS, OperatorCommands
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.volume.operator_state_file import (
@@ -34,6 +35,7 @@ from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, exchange
 from tests.end_to_end.operator_client import OperatorClient
+from tests.integration.assets_harness import AssetsHarness, assets_harness
 from tests.servers.api_fixture import FakeAssets, RunningApi, running_api
 from tests.servers.operator_token import SECRET, sign
 from tests.servers.redis_server import RedisServer
@@ -264,3 +266,59 @@ async def test_pins_are_bounded(tmp_path: Path) -> None:
         answer = await operator.ask("POST", "pin", {"ids": ["7", "one-more"]})
         assert (answer.status, answer.json()["type"]) == (400, "too_many_pins")
         assert len(await api.context.state.pinned()) == MAX_PINS
+
+
+def commands_of(harness: AssetsHarness) -> OperatorCommands:
+    context = harness.context
+    return OperatorCommands(context.state, context.operator_state, context.catalog, context.volume)
+
+
+async def test_orders_say_what_each_object_was_found_to_be(tmp_path: Path) -> None:
+    states = {
+        ObjectId("1"): "stored",
+        ObjectId("2"): "fetching",
+        ObjectId("3"): "partial",
+        ObjectId("4"): "absent",
+        ObjectId("5"): "not_uploaded",
+        ObjectId("6"): "unknown",
+        ObjectId("impossible"): "unknown",
+    }
+    async with assets_harness(tmp_path) as harness:
+        for name in ("1", "2", "3", "4"):
+            harness.add(name, 1000)
+        harness.store("1")
+        await harness.begin("2", 500)
+        parked = await harness.begin("3", 500)
+        await harness.context.state.park(parked.lease)
+        harness.add("5", 1000, accepted=False)
+        harness.catalog.impossible = {"impossible"}
+        commands = commands_of(harness)
+        pinned = await commands.pin(list(states))
+        assert (pinned["changed"], pinned["pinned"]) == (7, 7)
+        assert pinned["objects"] == [
+            {"id": name, "state": state, "changed": True} for name, state in states.items()
+        ]
+        again = await commands.pin([ObjectId("6"), ObjectId("7")])
+        assert (again["changed"], again["pinned"]) == (1, 8)
+        assert [one["changed"] for one in again["objects"]] == [False, True]
+        unpinned = await commands.unpin([ObjectId("8"), ObjectId("1")])
+        assert [(one["state"], one["changed"]) for one in unpinned["objects"]] == [
+            ("unknown", False),
+            ("stored", True),
+        ]
+        purged = await commands.purge(list(states))
+        assert purged["purging"] == 7
+        assert purged["objects"] == [{"id": name, "state": state} for name, state in states.items()]
+
+
+async def test_orders_need_no_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands_module, "_LOOKUP_TIMEOUT", 0.2)
+    async with assets_harness(tmp_path) as harness:
+        harness.add("1", 1000)
+        harness.catalog.down = True
+        pinned = await commands_of(harness).pin([ObjectId("1")])
+        assert (pinned["changed"], pinned["objects"][0]["state"]) == (1, "unchecked")
+        harness.catalog.down, harness.catalog.delay = False, 3600
+        purged = await commands_of(harness).purge([ObjectId("1")])
+        assert purged == {"purging": 1, "objects": [{"id": "1", "state": "unchecked"}]}
+        assert [one.object_id for one in await harness.context.state.pending_purges(10)] == ["1"]

@@ -104,3 +104,23 @@ async def test_without_the_state_store_nothing_counts_as_failed(tmp_path: Path) 
         warming = await store.warming()
         assert warming is not None
         assert (warming.done, warming.failed, warming.reason) == (1, 0, "")
+
+
+async def test_objects_that_are_skipped_are_counted_by_their_reason(tmp_path: Path) -> None:
+    store = UnreachableStore()
+    async with warming_harness(tmp_path, store) as harness:
+        harness.add("1", 1000)
+        harness.store("1")
+        harness.add("2", 1000, accepted=False)
+        harness.add("3", 1000, size=2**50)
+        ids = tuple(map(ObjectId, ("1", "2", "3", "unknown", "other")))
+        assert await store.start_warming(WarmingScope(object_ids=ids)) is not None
+
+        async def finished() -> bool:
+            return await state_of(harness) == "finished"
+
+        await eventually(finished)
+        warming = await store.warming()
+        assert warming is not None
+        assert (warming.total, warming.skipped) == (5, 5)
+        assert warming.skipped_for == {"stored": 1, "unknown": 2, "not_uploaded": 1, "too_large": 1}

@@ -22,7 +22,7 @@ from distributor_node.services.demo.squid import SquidFaults, TestSquid
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.runtime.process import VERSION
 from distributor_node.shared.settings import Settings, load_settings
-from distributor_node.shared.settings.load import all_settings, check_settings
+from distributor_node.shared.settings.load import all_settings, check_settings, variable_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -291,9 +291,9 @@ def manifest(tmp_path: Path) -> Path:
     return path
 
 
-def check(manifest: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    variables = {"DISTRIBUTOR_CATALOG__KIND": "manifest", "DISTRIBUTOR_CATALOG__MANIFEST": str(manifest)}
-    return distributor("config", "check", *options, **variables)
+def check(manifest: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    catalog = {"DISTRIBUTOR_CATALOG__KIND": "manifest", "DISTRIBUTOR_CATALOG__MANIFEST": str(manifest)}
+    return distributor("config", "check", *options, **{**catalog, **variables})
 
 
 def test_check_reads_the_manifest_and_names_the_entry_that_is_wrong(manifest: Path) -> None:
@@ -316,6 +316,62 @@ def test_check_without_the_manifest_says_so(manifest: Path) -> None:
     done = check(manifest, "--online")
     assert done.returncode == 2
     assert "No such file" in done.stderr
+
+
+FLEET = {
+    "DISTRIBUTOR_PEERS__URLS": "http://a.example,http://b.example",
+    "DISTRIBUTOR_PEERS__OWN_URL": "http://a.example",
+}
+PATHS = [name for name, setting in all_settings().items() if setting.annotation in (Path, Path | None)]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_check_names_every_setting_whose_file_is_unusable(name: str, manifest: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    wrong = tmp_path if name in ("catalog.manifest", "log.access_file", "peers.secret_file") else file
+    done = check(manifest, **{**FLEET, variable_of(name): str(wrong)})
+    assert re.search(rf"^{name}:? .*{re.escape(str(wrong))}", done.stderr, re.MULTILINE), done.stderr
+    # The node works without another node's statistics.
+    assert done.returncode == (0 if name == "storage.import_cache_state" else 2)
+    assert "Traceback" not in done.stderr
+
+
+def test_check_says_which_files_are_not_here(manifest: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "none" / "here")
+    done = check(manifest, **FLEET, **{variable_of(name): missing for name in PATHS if "catalog" not in name})
+    assert done.returncode == 0
+    # The services make the directories of their own.
+    made = {"storage.path", "metrics.multiprocess_dir", "catalog.manifest"}
+    assert {line.partition(":")[0] for line in done.stderr.splitlines()} == set(PATHS) - made
+
+
+def test_check_reads_the_secret_of_a_fleet(manifest: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    variables = {**FLEET, "DISTRIBUTOR_PEERS__SECRET_FILE": str(secret)}
+    assert "so it was not checked" in check(manifest, **variables).stderr
+    assert check(manifest, "--online", **variables).returncode == 2
+    secret.write_text("too short\n")
+    done = check(manifest, **variables)
+    assert done.returncode == 2
+    assert f"peers.secret_file: expected at least 16 bytes in {secret}, got 9" in done.stderr
+    secret.write_text("sixteen bytes, or more\n")
+    done = check(manifest, **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_check_says_what_this_user_may_not_use(manifest: Path, tmp_path: Path) -> None:
+    secret, volume = tmp_path / "secret", tmp_path / "volume"
+    secret.write_text("sixteen bytes, or more\n")
+    secret.chmod(0)
+    volume.mkdir(mode=0o500)
+    done = check(manifest, **FLEET, DISTRIBUTOR_PEERS__SECRET_FILE=str(secret))
+    assert done.returncode == 2
+    assert "peers.secret_file: " in done.stderr
+    done = check(manifest, DISTRIBUTOR_STORAGE__PATH=str(volume))
+    assert done.returncode == 0  # the services may run as another user
+    assert "storage.path: " in done.stderr
 
 
 @pytest.mark.parametrize(

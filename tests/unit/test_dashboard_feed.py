@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from distributor_node.services.api.dashboard.feed import DownloadProgress, GrowthRates, ProblemTimes
+from distributor_node.services.api.dashboard.feed import (
+    DownloadProgress,
+    GrowthRates,
+    ProblemTimes,
+    is_far_ahead,
+)
 from distributor_node.services.api.operator.explain import in_words
 from distributor_node.services.command_line.top import screen
+from distributor_node.services.demo.objects import MIB
+from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import EvictionReason
+from distributor_node.shared.settings.model import FetchSettings
 from distributor_node.shared.settings.sizes import plural
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
@@ -157,21 +165,49 @@ def test_one_of_a_kind_is_told_in_the_singular() -> None:
     )
 
 
-def test_the_terminal_tells_probes_from_requests_and_one_from_many() -> None:
-    said = {"hit": 1, "pending": 0, "miss": 0, "local": 5, "external": 0, "fetched": 0}
-    source = {"rank": 1, "penaltyLeft": 0, "bytes": 0, "failures": {}, "firstBytes": [0.01, 0.03]}
+class TestFarAhead:
+    FETCH = FetchSettings(window_above=100, window=20)
+
+    @pytest.mark.parametrize(
+        ("extents", "positions", "ahead"),
+        [
+            ([(0, 50)], [30], True),
+            ([(0, 50)], [31], False),
+            ([(0, 50)], [], True),  # they have left
+            ([(0, 50), (180, 200)], [30, 190], True),  # the second one has the end
+            ([(0, 50)], [30, 120], False),
+            ([(0, 200)], [30], False),  # it is complete, and is being verified
+        ],
+    )
+    def test_of_its_viewers(self, extents: list[tuple[int, int]], positions: list[int], ahead: bool) -> None:
+        assert is_far_ahead(200, Extents.of(*extents), positions, self.FETCH) is ahead
+
+    def test_an_object_without_a_window_is_not(self) -> None:
+        assert not is_far_ahead(100, Extents.of((0, 50)), [10], self.FETCH)
+        assert not is_far_ahead(200, Extents.of((0, 50)), [10], FetchSettings(window_above=100, window=None))
+
+
+SAID = {"hit": 1, "pending": 0, "miss": 0, "local": 5, "external": 0, "fetched": 0}
+SOURCE = {
+    "rank": 1, "penaltyLeft": 0, "bytes": 0, "failures": {}, "firstBytes": [0.01, 0.03], "name": "a:80", "requests": 3,
+}  # fmt: skip
+SNAPSHOT = {
+    "node": {"id": "n", "version": "1", "environment": "test"}, "components": [], "processes": [],
+    "totals": {"hour": SAID, "day": {**SAID, "hit": 2}}, "at": 0.0, "downloads": [],
+    "volume": {"limit": 10, "used": 5, "reserved": 0, "objects": 1, "removed": []},
+    "queue": {"downloads": 0, "waiting": 0}, "sources": [],
+}  # fmt: skip
+
+
+def shown_lines(width: int, **changes: Any) -> list[str]:
     shown = StringIO()
-    console = Console(file=shown, width=160)
-    console.print(
-        screen({
-            "node": {"id": "n", "version": "1", "environment": "test"}, "components": [], "processes": [],
-            "totals": {"hour": said, "day": {**said, "hit": 2}}, "at": 0.0, "downloads": [],
-            "volume": {"limit": 10, "used": 5, "reserved": 0, "objects": 1, "removed": []},
-            "queue": {"downloads": 0, "waiting": 0},
-            "sources": [{**source, "name": "a:80", "requests": 0}, {**source, "name": "b:80", "requests": 3}],
-        })
-    )  # fmt: skip
-    lines = shown.getvalue().splitlines()
+    console = Console(file=shown, width=width)
+    console.print(screen({**SNAPSHOT, **changes}, width))
+    return [line.rstrip() for line in shown.getvalue().splitlines()]
+
+
+def test_the_terminal_tells_probes_from_requests_and_one_from_many() -> None:
+    lines = shown_lines(160, sources=[{**SOURCE, "requests": 0}, {**SOURCE, "name": "b:80"}])
     assert any("1 of 1 request from disk" in line for line in lines)
     assert any("2 of 2 requests from disk" in line for line in lines)
     assert any("5 B in 1 object, " in line for line in lines)
@@ -180,3 +216,54 @@ def test_the_terminal_tells_probes_from_requests_and_one_from_many() -> None:
     assert "20 ms, of probes" in probed
     assert "20 ms" in asked
     assert "probes" not in asked
+
+
+def download(object_id: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": object_id, "phase": "fetching", "paused": False, "size": 120 * MIB, "extents": [[0, 48 * MIB]],
+        "source": "storage-7.example.org:443", "sources": ["storage-3.example.org:443", "storage-7.example.org:443"],
+        "rate": 896_512, "secondsLeft": 88.0, "viewers": [{"key": "a", "at": 16 * MIB}], "moreViewers": 0,
+    } | changes  # fmt: skip
+
+
+BUSY = {
+    "downloads": [
+        download("2801"),
+        download("2802", paused=True, rate=0),
+        download("2803", phase="parked", rate=0),
+        download("films/a-long-title-of-a-film-with-many-words.mp4", rate=0),
+    ],
+    "queue": {
+        "downloads": 2, "paused": 1, "waiting": 1, "next": [{"id": "2804", "age": 12.0, "viewers": 2}],
+    },
+    "sources": [{**SOURCE, "name": "storage-7.example.org:443", "failures": {"timeout": 12, "corrupt": 3}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_tables_fit_into_the_terminal(width: int) -> None:
+    lines = shown_lines(width, **BUSY)
+    assert all(len(line) <= width for line in lines)
+    (heading,) = [line.split() for line in lines if "progress" in line]
+    (running,) = [line for line in lines if line.startswith(" 2801 ")]
+    # What says most is not cut, and each download has one line.
+    assert "875.5 KiB/s" in running
+    assert "120.0 MiB" in running
+    assert "88 s" in running
+    assert ("source" in heading) == (width >= 100)
+    assert any(line.startswith(" films/a-") for line in lines)
+    (source,) = [line for line in lines if "answers" in line]
+    assert "storage-7.example.org:443" in source
+    assert source.endswith(" 12 timeout, 3 corrupt" if width >= 120 else " 15") or width == 100
+
+
+def test_the_terminal_tells_downloads_that_wait_from_those_that_run() -> None:
+    lines = shown_lines(80, **BUSY)
+    assert "2 running, 1 paused, 1 waiting" in " ".join(lines)
+    words = {line.split()[0]: line for line in lines if line.startswith(" 280")}
+    assert "paused" in words["2802"]
+    assert "interrupted" in words["2803"]
+    assert "waiting 12 s" in words["2804"]
+    assert not any("B/s" in words[one] for one in ("2802", "2803", "2804"))
+    (stalled,) = [line for line in lines if "films/" in line]
+    assert "0 B/s" in stalled

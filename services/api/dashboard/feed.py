@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -36,6 +36,7 @@ from distributor_node.shared.runtime.process_reports import (
     ReportedProcess,
     read_reports,
 )
+from distributor_node.shared.settings.model import FetchSettings
 from distributor_node.shared.settings.sizes import plural
 from distributor_node.shared.waiting import cancel_and_wait
 
@@ -209,13 +210,16 @@ class Feed:
         begun.sort(key=lambda fetch: (fetch.phase is FetchPhase.PARKED, -fetch.age, fetch.object_id))
         waiting.sort(key=lambda fetch: -fetch.age)
         self._downloads.keep({fetch.object_id for fetch in begun})
+        downloads = [
+            self._download(fetch, *partial.get(fetch.object_id, (Extents(), False)), viewers, now)
+            for fetch in begun[:MAX_DOWNLOADS]
+        ]
+        paused = sum(one["paused"] for one in downloads)
         return {
-            "downloads": [
-                self._download(fetch, *partial.get(fetch.object_id, (Extents(), False)), viewers, now)
-                for fetch in begun[:MAX_DOWNLOADS]
-            ],
+            "downloads": downloads,
             "queue": {
-                "downloads": sum(fetch.phase is FetchPhase.FETCHING for fetch in begun),
+                "downloads": sum(fetch.phase is FetchPhase.FETCHING for fetch in begun) - paused,
+                "paused": paused,
                 "waiting": len(waiting),
                 "slotsBusy": self._context.fetch_capacity.running or 0,
                 "slotsFree": self._context.fetch_capacity.free,
@@ -257,6 +261,11 @@ class Feed:
         return {
             "id": fetch.object_id,
             "phase": fetch.phase.value,
+            "paused": fetch.phase is FetchPhase.FETCHING
+            and rate == 0
+            and is_far_ahead(
+                fetch.size, extents, [viewer["at"] for viewer in watching], self._context.settings.fetch
+            ),
             "size": fetch.size,
             "extents": [[extent.first, extent.end] for extent in extents],
             "heldBack": None if verified or not fetch.size else max(0, fetch.size - UNVERIFIED_TAIL_BYTES),
@@ -500,6 +509,17 @@ class DownloadProgress:
         """Forget all others."""
         self._rates.keep(set(object_ids))
         self._sources = {name: sources for name, sources in self._sources.items() if name in object_ids}
+
+
+def is_far_ahead(size: int, extents: Extents, positions: Iterable[int], fetch: FetchSettings) -> bool:
+    """Whether the download of a large object is as far ahead of its viewers as it may be, so that it waits for them.
+
+    `positions`: where they are.
+    """
+    if fetch.window is None or size <= fetch.window_above or extents.total >= size:
+        return False
+    window = fetch.window
+    return all(extents.end_at(position) >= min(size, position + window) for position in positions)
 
 
 def shown_name(process: ReportedProcess) -> str:

@@ -219,8 +219,9 @@ function updateDownload(item, one) {
   const onDisk = one.extents.reduce((sum, [first, end]) => sum + end - first, 0);
   const progress = [`${bytes(onDisk)} of ${one.size ? bytes(one.size) : "an unknown size"}`];
   if (one.phase === "parked") progress.push("interrupted, to be resumed");
+  else if (one.paused) progress.push("paused: far enough ahead of its viewers");
   else if (one.rate !== null) progress.push(rate(one.rate));
-  if (one.phase !== "parked" && one.secondsLeft !== null) progress.push(one.rate ? `${duration(Math.max(1, one.secondsLeft))} left` : "stands still");
+  if (one.phase !== "parked" && !one.paused && one.secondsLeft !== null) progress.push(one.rate ? `${duration(Math.max(1, one.secondsLeft))} left` : "stands still");
   item.querySelector(".progress").textContent = progress.join(" · ");
   const before = one.sources.slice(0, -1), switches = plural(before.length, "switch", "switches");
   item.querySelector(".source").textContent = one.source ? `from ${one.source}${before.length ? ` after ${switches}: ${before.join(" → ")}` : ""}, by ${one.worker}` : `by ${one.worker || "no worker"}`;
@@ -240,7 +241,7 @@ function downloads(list) {
 }
 
 function queue(found) {
-  at("queue-words").textContent = `${found.downloads} running, ${found.waiting} waiting, ${plural(found.slotsFree, "slot")} free`;
+  at("queue-words").textContent = `${found.downloads} running, ${found.paused ? `${found.paused} paused, ` : ""}${found.waiting} waiting, ${plural(found.slotsFree, "slot")} free`;
   show("queue", found.next, () => found.next.length === 0 ? [] : [make("h3", {}, "Waiting for a slot"),
     make("ul", { class: "chips" }, found.next.map((one) => make("li", {}, make("span", { class: "mono" }, one.id), make("span", { class: "muted" }, ` ${duration(one.age)}${one.viewers ? `, ${plural(one.viewers, "viewer")}` : ""}`))))]);
 }

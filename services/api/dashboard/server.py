@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from http import HTTPStatus
 from importlib.resources import files
 from ipaddress import ip_address
 from urllib.parse import parse_qs, unquote
@@ -25,6 +24,7 @@ from distributor_node.services.api.dashboard.feed import Feed
 from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.metrics import DASHBOARD_PAGES, DASHBOARD_SNAPSHOT
+from distributor_node.shared.observability.probe_server import HttpConnections, http_response
 from distributor_node.shared.ports.state_store import ReportStore
 from distributor_node.shared.runtime.process_reports import WATCH_SECONDS
 from distributor_node.shared.settings.model import DashboardSettings
@@ -39,8 +39,7 @@ MAX_PAGES = 100
 _MAX_CONNECTIONS = 2 * MAX_PAGES
 _MAX_BUFFERED = 1024 * 1024
 """Bytes that a page may be behind. Further snapshots are left out until it has caught up."""
-_MAX_HEAD = 8 * 1024
-_HEAD_TIMEOUT, _EXPLAIN_TIMEOUT = 10.0, 30.0
+_EXPLAIN_TIMEOUT = 30.0
 _BIND_INTERVAL = 1.0
 _DRAIN_TIMEOUT = 30.0
 
@@ -56,7 +55,7 @@ _POLICY = (
 )
 _HEADERS = (
     f"Content-Security-Policy: {_POLICY}\r\nX-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
-    "Cross-Origin-Resource-Policy: same-origin\r\nX-Frame-Options: DENY\r\nCache-Control: no-store\r\n"
+    "Cross-Origin-Resource-Policy: same-origin\r\nX-Frame-Options: DENY\r\n"
 )
 _LOCAL_NAME = re.compile(r"(.*\.)?localhost")
 
@@ -76,7 +75,7 @@ class DashboardServer:
             for path, (name, media_type) in _FILES.items()
         }
         self._pages: set[asyncio.StreamWriter] = set()
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections = HttpConnections(self._serve, _MAX_CONNECTIONS)
         self._opened = asyncio.Event()
         self.port: int | None = None
         """The port it listens on. None: another process holds it."""
@@ -91,19 +90,15 @@ class DashboardServer:
                 await feeding  # ends with an error alone
         finally:
             server.close()
-            for connection in self._connections:
-                connection.cancel()
-            await asyncio.gather(*self._connections, return_exceptions=True)
+            await self._connections.close()
             await self._feed.close()
 
     async def _listen(self) -> asyncio.Server:
         logged = False
         while True:
             try:
-                return await asyncio.start_server(
-                    self._serve, self._settings.host, self._settings.port, limit=_MAX_HEAD
-                )
-            except (OSError, UnicodeError) as error:  # UnicodeError: not a host's name at all
+                return await self._connections.listen(self._settings.host, self._settings.port)
+            except (OSError, UnicodeError) as error:
                 if not logged:
                     # Most likely another API process of this machine, which is as it should be.
                     logged = True
@@ -152,7 +147,8 @@ class DashboardServer:
     async def _serve_page(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Keep the stream open until the page closes it."""
         writer.write(
-            f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{_HEADERS}Connection: close\r\n\r\n".encode()
+            f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\n{_HEADERS}"
+            "Connection: close\r\n\r\n".encode()
         )
         writer.write(b"retry: 1000\n\n" + _event("history", self._feed.history()))
         self._pages.add(writer)
@@ -166,28 +162,8 @@ class DashboardServer:
 
     # Requests
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is None or len(self._connections) >= _MAX_CONNECTIONS:
-            writer.close()
-            return
-        self._connections.add(task)
-        try:
-            async with asyncio.timeout(_HEAD_TIMEOUT):
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-            await self._respond(_Head(head), reader, writer)
-        except asyncio.LimitOverrunError:
-            writer.write(_response(431, "text/plain", b"request head too large\n"))
-        except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
-            logger.debug("dashboard_connection_failed", reason=type(error).__name__)
-        except asyncio.CancelledError:
-            # Cancelled by `run`. If it propagated, asyncio's callback would report it as an error.
-            writer.transport.abort()
-        finally:
-            self._connections.discard(task)
-            writer.close()
-
-    async def _respond(self, head: _Head, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, text: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = _Head(text.decode("latin-1"))
         rejection = self._rejection(head)
         if rejection is None and head.path == "/events" and head.method == "GET":
             if len(self._pages) < MAX_PAGES:
@@ -293,8 +269,4 @@ def _json_response(status: int, content: object, *, with_body: bool) -> bytes:
 
 
 def _response(status: int, media_type: str, body: bytes, *, with_body: bool = True, extra: str = "") -> bytes:
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {media_type}\r\n"
-        f"Content-Length: {len(body)}\r\n{_HEADERS}{extra}Connection: close\r\n\r\n"
-    )
-    return head.encode() + (body if with_body else b"")
+    return http_response(status, media_type, body, with_body=with_body, extra=_HEADERS + extra)

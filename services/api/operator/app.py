@@ -228,7 +228,7 @@ async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -
     if settings.secret is None:
         yield None
         return
-    commands = OperatorCommands(context.state, context.operator_state, context.catalog)
+    commands = OperatorCommands(context.state, context.operator_state, context.catalog, context.volume)
     warmer = CacheWarmer(context, holder)
     secret = settings.secret.get_secret_value()
     weakness = weak_secret(secret)

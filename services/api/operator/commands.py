@@ -7,26 +7,53 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from enum import StrEnum
 from typing import Any
 
 import structlog
 
 from distributor_node.services.api.errors import HttpError
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
-from distributor_node.shared.domain.objects import ObjectId, source_name
+from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId, source_name
 from distributor_node.shared.domain.operator_state import OperatorState, Warming, WarmingScope
 from distributor_node.shared.ports.catalog import Catalog
-from distributor_node.shared.ports.state_store import Fetch, IndexEntry, StateStore
+from distributor_node.shared.ports.state_store import Fetch, FetchPhase, IndexEntry, StateStore
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 
 MAX_PINS = 10_000
 _ATTEMPTS = 10
 _PURGE_BATCH = 1000
+_LOOKUP_TIMEOUT = 10.0
+"""Seconds for the look-ups of all ids of one command."""
+_LOOKUPS_AT_ONCE = 50
 
 logger = structlog.get_logger()
+
+
+class ObjectState(StrEnum):
+    """What a command found of an object that its operator has named."""
+
+    STORED = "stored"
+    FETCHING = "fetching"  # or queued
+    PARTIAL = "partial"  # some of its bytes are here, and no fetch continues them now
+    ABSENT = "absent"  # not here; the node would fetch it
+    UNKNOWN = "unknown"  # the catalog does not know it
+    NOT_UPLOADED = "not_uploaded"
+    UNASSIGNED = "unassigned"  # in none of our buckets
+    UNCHECKED = "unchecked"  # not here, and the catalog or the volume could not be asked
+
+
+def state_in_catalog(found: MediaObject | None, assignment: Assignment) -> ObjectState:
+    """Return the state of an object that is not here. `found`: what the catalog says."""
+    if found is None:
+        return ObjectState.UNKNOWN
+    if not assignment.covers(found):
+        return ObjectState.UNASSIGNED
+    return ObjectState.ABSENT if found.accepted else ObjectState.NOT_UPLOADED
 
 
 class OperatorCommands:
@@ -35,8 +62,11 @@ class OperatorCommands:
     Raises HttpError 409 if a command has no effect or is impossible, and for all commands once the node shuts down.
     """
 
-    def __init__(self, state: StateStore, operator_state: OperatorStateWatcher, catalog: Catalog) -> None:
-        self._state, self._operator_state, self._catalog = state, operator_state, catalog
+    def __init__(
+        self, state: StateStore, operator_state: OperatorStateWatcher, catalog: Catalog, volume: Volume
+    ) -> None:
+        self._state, self._operator_state = state, operator_state
+        self._catalog, self._volume = catalog, volume
 
     async def stop(self) -> dict[str, Any]:
         """Close the public port."""
@@ -74,24 +104,29 @@ class OperatorCommands:
         pinned = await self._state.pinned()
         if len(pinned.union(object_ids)) > MAX_PINS:
             raise HttpError(400, f"Pinned objects: at most {MAX_PINS}", "too_many_pins")
-        return await self._change_pins(pin=object_ids)
+        return await self._change_pins(object_ids, pin=object_ids)
 
     async def unpin(self, object_ids: Sequence[ObjectId]) -> dict[str, Any]:
         await self._reject_if_shutting_down()
-        return await self._change_pins(unpin=object_ids)
+        return await self._change_pins(object_ids, unpin=object_ids)
 
     async def purge(self, object_ids: Sequence[ObjectId] | None) -> dict[str, Any]:
         """Purge these objects. None: all objects that are cached or being fetched now."""
         await self._reject_if_shutting_down()
-        if object_ids is not None:
-            for object_id in object_ids:  # what is fetched after the purge must be looked up after it
-                await self._catalog.forget_object(object_id)
-            await self._state.request_purges(object_ids)
-            count = len(object_ids)
-        else:
+        if object_ids is None:
             count = await self._purge_all()
-        logger.info("operator_command_accepted", command="purge", objects=count)
-        return {"purging": count}
+            logger.info("operator_command_accepted", command="purge", objects=count)
+            return {"purging": count, "objects": []}
+        here = await self._find_here(object_ids)
+        for object_id in object_ids:  # what is fetched after the purge must be looked up after it
+            await self._catalog.forget_object(object_id)
+        await self._state.request_purges(object_ids)
+        logger.info("operator_command_accepted", command="purge", objects=len(object_ids))
+        states = await self._with_catalog(here)
+        return {
+            "purging": len(object_ids),
+            "objects": [{"id": object_id, "state": states[object_id]} for object_id in object_ids],
+        }
 
     async def warm(self, scope: WarmingScope) -> Warming:
         await self._reject_if_shutting_down()
@@ -119,11 +154,63 @@ class OperatorCommands:
         return count + len(batch)
 
     async def _change_pins(
-        self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()
+        self,
+        object_ids: Sequence[ObjectId],
+        *,
+        pin: Sequence[ObjectId] = (),
+        unpin: Sequence[ObjectId] = (),
     ) -> dict[str, Any]:
+        here = await self._find_here(object_ids)
         changed = await self._state.change_pins(pin, unpin)
-        logger.info("operator_command_accepted", command="pin" if pin else "unpin", changed=changed)
-        return {"changed": changed, "pinned": len(await self._state.pinned())}
+        logger.info("operator_command_accepted", command="pin" if pin else "unpin", changed=len(changed))
+        pinned, states = await self._state.pinned(), await self._with_catalog(here)
+        return {
+            "changed": len(changed),
+            "pinned": len(pinned),
+            "objects": [
+                {"id": object_id, "state": states[object_id], "changed": object_id in changed}
+                for object_id in object_ids
+            ],
+        }
+
+    async def _find_here(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, ObjectState | None]:
+        """Return what volume and state store know. None: the object is not here. Raises StateStoreUnavailable."""
+        phases = {fetch.object_id: fetch.phase for fetch in await self._state.fetches()}
+
+        def find(object_id: ObjectId) -> ObjectState | None:
+            try:
+                if self._volume.find_object(object_id) is not None:
+                    return ObjectState.STORED
+            except VolumeError:
+                return ObjectState.UNCHECKED
+            phase = phases.get(object_id)
+            if phase is None:
+                return None
+            return ObjectState.PARTIAL if phase is FetchPhase.PARKED else ObjectState.FETCHING
+
+        return await asyncio.to_thread(lambda: {object_id: find(object_id) for object_id in object_ids})
+
+    async def _with_catalog(
+        self, here: Mapping[ObjectId, ObjectState | None]
+    ) -> Mapping[ObjectId, ObjectState]:
+        """Look those up that are not here. The command has been carried out: without the catalog it succeeds too."""
+        places, assignment = asyncio.Semaphore(_LOOKUPS_AT_ONCE), self._operator_state.assignment
+        states = {object_id: state or ObjectState.UNCHECKED for object_id, state in here.items()}
+
+        async def look_up(object_id: ObjectId) -> None:
+            async with places:
+                with suppress(CatalogUnavailable):
+                    found = await self._catalog.look_up(object_id)
+                    states[object_id] = state_in_catalog(found, assignment)
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LOOKUP_TIMEOUT), asyncio.TaskGroup() as group:
+                for object_id, state in here.items():
+                    if state is None and not self._catalog.can_have(object_id):
+                        states[object_id] = ObjectState.UNKNOWN
+                    elif state is None:
+                        group.create_task(look_up(object_id), name=f"look-up-{object_id}")
+        return states
 
     async def _reject_if_shutting_down(self) -> OperatorState:
         state = await self._operator_state.refresh()
@@ -228,12 +315,14 @@ class OperatorQueries:
 def warming_as_json(warming: Warming | None) -> dict[str, Any]:
     """Return a warming and its progress as JSON. Zeros if there has been none."""
     if warming is None:
-        return {"state": "none", "total": 0, "done": 0, "skipped": 0, "failed": 0, "reason": ""}
+        warming = Warming(0, WarmingScope())
+        return {**warming_as_json(warming), "state": "none"}
     return {
         "state": warming.state,
         "total": warming.total,
         "done": warming.done,
         "skipped": warming.skipped,
+        "skippedFor": dict(warming.skipped_for),
         "failed": warming.failed,
         "reason": warming.reason,
     }

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distributor_node.services.api.openapi import Json, array, content, count, preamble, record, ref, render
+from distributor_node.services.api.operator.commands import ObjectState
 from distributor_node.services.api.operator.schemas import (
     BUCKET_ID_SCHEMA,
     MAX_IDS,
@@ -230,6 +231,13 @@ def _number(description: str) -> Json:
     return {"type": "number", "description": description}
 
 
+_STATE: Json = {
+    "enum": [state.value for state in ObjectState],
+    "description": "`stored`: complete on the volume. `fetching`: its fetch is under way or asked for. `partial`: some "
+    "of its bytes are here. `absent`: not here; the first request fetches it. `unknown`: the catalog does not know "
+    "it. `not_uploaded`, `unassigned`: as the catalog says. `unchecked`: not here, and the catalog did not reply.",
+}
+
 SCHEMAS: dict[str, Any] = {
     "ObjectId": OBJECT_ID_SCHEMA,
     "Error": _closed(type=_TEXT, message=_TEXT),
@@ -240,13 +248,36 @@ SCHEMAS: dict[str, Any] = {
         workerId=_or_null({"type": "integer"}),
         buckets=_or_null(array(BUCKET_ID_SCHEMA)),
     ),
-    "Purging": _closed(purging=count()),
-    "Pins": _closed(changed=count(), pinned=count()),
+    "Purging": _closed(
+        purging=count("Objects that are removed if they are here."),
+        objects={
+            **array(_closed(id=_OBJECT_ID, state=_STATE)),
+            "description": "Those that were named, as the purge found them.",
+        },
+    ),
+    "Pins": _closed(
+        changed=count("Objects that this request has pinned or unpinned."),
+        pinned=count("All objects that are pinned now, here or not."),
+        objects=array(
+            _closed(
+                id=_OBJECT_ID,
+                state=_STATE,
+                changed={**_FLAG, "description": "False: it was pinned already, or was not pinned."},
+            )
+        ),
+    ),
     "Warming": _closed(
         state={"enum": ["none", "waiting", "listing", "fetching", "finished"]},
         total=count(),
         done=count(),
-        skipped=count("Cached already, not assigned to this node, too large, or no room."),
+        skipped=count("Not fetched, for the reasons in `skippedFor`."),
+        skippedFor={
+            "type": "object",
+            "additionalProperties": count(),
+            "description": "How many were skipped, by reason. `stored`: cached already. `unknown`, `not_uploaded`, "
+            "`unassigned`: as the catalog says. `too_large`: or of unknown size. `kept_by_peer`: another node of the "
+            "fleet keeps it. `no_room`.",
+        },
         failed=count(),
         reason={**_TEXT, "description": "Why it ended early, if it did."},
     ),

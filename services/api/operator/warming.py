@@ -12,11 +12,14 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Literal
 
 import structlog
 
 from distributor_node.services.api.assets.decision import live_fetch
 from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.operator.commands import ObjectState, state_in_catalog
 from distributor_node.shared.domain.errors import (
     CatalogUnavailable,
     JobQueueUnavailable,
@@ -40,6 +43,18 @@ _LISTING_ATTEMPTS, _LISTING_RETRY_DELAY = 3, 5.0
 logger = structlog.get_logger()
 
 
+class _Skipped(StrEnum):
+    """Why an object is not fetched, besides its ObjectState."""
+
+    TOO_LARGE = "too_large"  # or of unknown size
+    KEPT_BY_PEER = "kept_by_peer"
+    NO_ROOM = "no_room"
+
+
+_Outcome = Literal["done", "failed"] | ObjectState | _Skipped
+"""What became of an object. The last two: it was skipped."""
+
+
 @dataclass(slots=True)
 class _Progress:
     """The progress of the warming that this process runs."""
@@ -47,10 +62,19 @@ class _Progress:
     now: Warming
     planned: deque[MediaObject] = field(default_factory=deque)
 
-    def count(self, **more: int) -> None:
-        self.now = replace(
-            self.now, **{name: getattr(self.now, name) + number for name, number in more.items()}
-        )
+    def add_object(self) -> None:
+        self.now = replace(self.now, total=self.now.total + 1)
+
+    def end(self, outcome: _Outcome) -> None:
+        """Count what became of one object."""
+        now = self.now
+        if outcome == "done":
+            self.now = replace(now, done=now.done + 1)
+        elif outcome == "failed":
+            self.now = replace(now, failed=now.failed + 1)
+        else:
+            counts = {**now.skipped_for, outcome.value: now.skipped_for.get(outcome.value, 0) + 1}
+            self.now = replace(now, skipped=now.skipped + 1, skipped_for=counts)
 
 
 class CacheWarmer:
@@ -102,7 +126,11 @@ class CacheWarmer:
                     return
                 if leased.is_finished:
                     logger.info(
-                        "warming_finished", done=leased.done, skipped=leased.skipped, failed=leased.failed
+                        "warming_finished",
+                        done=leased.done,
+                        skipped=leased.skipped,
+                        skipped_for=dict(leased.skipped_for),
+                        failed=leased.failed,
                     )
                     return
         finally:
@@ -132,29 +160,38 @@ class CacheWarmer:
     async def _plan(self, progress: _Progress) -> None:
         """Plan the fetches. Objects that are too large, cached already or without room are skipped.
 
-        In a fleet, of all objects or of a bucket each node fetches what it keeps. Objects that are named are fetched.
         A listing may lack sources and assignment. These are looked up before each fetch.
         """
         settings, usage = self._context.settings, await self._context.state.usage()
         room = settings.storage.watermarks.low - usage.used - usage.reserved
-        largest = settings.storage.largest_cached_size
-        peers = self._context.peers if progress.now.scope.object_ids is None else None
+        named = progress.now.scope.object_ids is not None
         async for batch in self._list(progress.now.scope):
             for known in batch:
-                progress.count(total=1)
-                size = known.size if known is not None and known.accepted else None
-                if (
-                    known is None
-                    or size is None
-                    or size > largest
-                    or (peers is not None and not peers.keeps_cold(known.object_id, size))
-                    or footprint(size) > room
-                    or await self._is_cached(known.object_id)
-                ):
-                    progress.count(skipped=1)
+                progress.add_object()
+                if known is None:
+                    progress.end(ObjectState.UNKNOWN)
                     continue
-                room -= footprint(size)
+                skipped = await self._reason_to_skip(known, room, named=named)
+                if skipped is not None:
+                    progress.end(skipped)
+                    continue
+                room -= footprint(known.size or 0)
                 progress.planned.append(known)
+
+    async def _reason_to_skip(
+        self, known: MediaObject, room: int, *, named: bool
+    ) -> ObjectState | _Skipped | None:
+        """`room`: in bytes. In a fleet each node fetches what it keeps, unless the operator has `named` the object."""
+        if not known.accepted:
+            return ObjectState.NOT_UPLOADED
+        size, peers = known.size, self._context.peers
+        if size is None or size > self._context.settings.storage.largest_cached_size:
+            return _Skipped.TOO_LARGE
+        if peers is not None and not named and not peers.keeps_cold(known.object_id, size):
+            return _Skipped.KEPT_BY_PEER
+        if await self._is_cached(known.object_id):
+            return ObjectState.STORED
+        return _Skipped.NO_ROOM if footprint(size) > room else None
 
     async def _list(self, scope: WarmingScope) -> AsyncIterator[Sequence[MediaObject | None]]:
         catalog = self._context.catalog
@@ -176,11 +213,11 @@ class CacheWarmer:
             listed = progress.planned.popleft()
             while (outcome := await self._outcome(listed, progress)) is None:
                 pass
-            progress.count(**{outcome: 1})
+            progress.end(outcome)
 
-    async def _outcome(self, listed: MediaObject, progress: _Progress) -> str | None:
-        """Fetch one object. Returns `done`, `skipped` or `failed`, or None, after a pause, to retry."""
-        outcome: str | None = None
+    async def _outcome(self, listed: MediaObject, progress: _Progress) -> _Outcome | None:
+        """Fetch one object. None, after a pause: to be tried again."""
+        outcome: _Outcome | None = None
         try:
             for _ in range(_MOST_FETCHES):
                 outcome = await self._fetch(listed.object_id, f"warming-{progress.now.serial}")
@@ -198,14 +235,15 @@ class CacheWarmer:
         progress.now = replace(progress.now, reason="")
         return outcome or "failed"
 
-    async def _fetch(self, object_id: ObjectId, request_id: str) -> str | None:
-        """Return `done`, `skipped` or `failed`. None: a fetch has ended for lack of clients, another one is needed."""
+    async def _fetch(self, object_id: ObjectId, request_id: str) -> _Outcome | None:
+        """Return what became of it. None: a fetch has ended for lack of clients, another one is needed."""
         state = self._context.state
         if await self._is_cached(object_id):
-            return "skipped"
+            return ObjectState.STORED
         known = await self._known(object_id)
-        if known is None or not known.accepted or not self._context.assignment.current.covers(known):
-            return "skipped"
+        found = state_in_catalog(known, self._context.assignment.current)
+        if known is None or found is not ObjectState.ABSENT:
+            return found
         claim = await state.claim(object_id, self._holder)
         if claim.won:
             job = FetchJob(known, request_id, time.time(), claim=claim.serial, low_priority=True)
@@ -230,7 +268,7 @@ class CacheWarmer:
                 await asyncio.sleep(_LISTING_RETRY_DELAY)
         return await self._context.catalog.look_up(object_id)
 
-    async def _wait_until_done(self, known: MediaObject) -> str | None:
+    async def _wait_until_done(self, known: MediaObject) -> _Outcome | None:
         last_live_at = time.monotonic()
         while True:
             await self._context.fetch_events.wait(known.object_id, REPORT_INTERVAL)
@@ -242,7 +280,7 @@ class CacheWarmer:
             elif object_status.failure is not None:
                 return "failed"
             elif not await self._has_room(known):
-                return "skipped"
+                return _Skipped.NO_ROOM
             elif object_status.fetch is not None and object_status.fetch.age >= REPORT_INTERVAL:
                 return None
             elif time.monotonic() - last_live_at > self._fetch_timeout:

@@ -575,12 +575,13 @@ class MemoryStateStore:
     async def pinned(self) -> frozenset[ObjectId]:
         return frozenset(self._tables.pins)
 
-    async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
+    async def change_pins(
+        self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()
+    ) -> frozenset[ObjectId]:
         tables = self._tables
-        wrong = set(pin) - tables.pins, tables.pins & set(unpin)
+        changed = frozenset(set(pin) - tables.pins) | (tables.pins & set(unpin))
         tables.pins.update(pin)
         tables.pins.difference_update(unpin)
-        changed = sum(map(len, wrong))
         if changed:
             self._write_operator_state(tables.operator_state or OperatorState())
         return changed

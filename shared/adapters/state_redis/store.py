@@ -509,9 +509,12 @@ class RedisStateStore:
         found = await self._connection.command("SMEMBERS", self._connection.keys.pins)
         return frozenset(ObjectId(object_id.decode()) for object_id in found)
 
-    async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
+    async def change_pins(
+        self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()
+    ) -> frozenset[ObjectId]:
         first = encode_operator_state(OperatorState())
-        return int(await self._connection.run("change_pins", "", first, len(pin), *pin, *unpin))
+        changed = await self._connection.run("change_pins", "", first, len(pin), *pin, *unpin)
+        return frozenset(ObjectId(object_id.decode()) for object_id in changed)
 
     async def request_purges(self, object_ids: Sequence[ObjectId]) -> None:
         await self._connection.run("want_purges", "", *object_ids)
