@@ -120,8 +120,8 @@ TURN_BYTES = 256 * 1024
 _LEAST_COST = 32 * 1024  # a small piece takes nearly as long as a large one
 REQUEST_SPACING = 0.002
 """Seconds between the begins of two requests to sources."""
-CLIENT_REQUEST_SPACING = 0.006
-"""Seconds between the begins of two requests to sources for one client."""
+CROWD_SPACING = 0.01
+"""Seconds between the begins of two requests to sources for a client that has many responses in progress."""
 
 
 class TurnBudget:
@@ -159,18 +159,18 @@ class TurnBudget:
         return self._work.short_ones_wait
 
     async def take_request(self, client: str | None = None) -> None:
-        """Wait until a request to a source may begin: in the order of the calls, those of each client further apart.
+        """Wait until a request to a source may begin, in the order of the calls.
 
-        `client`: whose request it is for. None: not known.
+        `client`: of a request of a client that has many others in progress: those of one client begin further apart.
 
         Most of its work (connect, send, read the head, begin the response) comes when the source has answered, and two
         hundred sources may answer in one turn. It is spread by the time between the begins, which is about as long as
-        this work. The requests of one client take no more than a third of the loop's time.
+        this work. Those of a client with many others take no more than a fifth of the loop's time.
         """
         if client is not None:
             pace = self._clients.get(client)
             if pace is None:
-                pace = self._clients[client] = Turns(1, CLIENT_REQUEST_SPACING)
+                pace = self._clients[client] = Turns(1, CROWD_SPACING)
             await pace.take()
         await self._requests.take()
         await self.take_whole()

@@ -11,7 +11,9 @@ import pytest
 from prometheus_client import REGISTRY
 
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
+from distributor_node.services.api.assets.proxy import MANY_OF_ONE_CLIENT
 from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.shared import waiting
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, ObjectId
@@ -82,8 +84,7 @@ async def test_an_object_that_can_never_fit_is_proxied_and_never_fetched(harness
 async def test_an_oversize_object_is_proxied(tmp_path: Path) -> None:
     async with assets_harness(tmp_path) as harness:
         data = harness.add("1", SIZE)
-        small = harness.context.settings.storage.model_copy(update={"max_cached_item": SIZE - 1})
-        object.__setattr__(harness.context.settings, "storage", small)
+        forbid_storing(harness)
         answer = await harness.get("1")
         assert (answer.body, answer.headers["x-cache"], answer.headers["x-data-source"]) == (
             data,
@@ -243,6 +244,40 @@ async def test_too_many_proxied_answers(tmp_path: Path) -> None:
         assert (answer.status, answer.headers["retry-after"]) == (503, "5")
         assert (await slow).body == harness.data["1"]
         assert (await harness.get("2")).status == 200
+
+
+def forbid_storing(harness: AssetsHarness) -> None:
+    small = harness.context.settings.storage.model_copy(update={"max_cached_item": SIZE - 1})
+    object.__setattr__(harness.context.settings, "storage", small)
+
+
+async def test_requests_one_after_the_other_do_not_wait_for_their_client_s_pace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "CROWD_SPACING", 3600.0)
+    async with assets_harness(tmp_path) as harness:
+        data = harness.add("1", SIZE)
+        forbid_storing(harness)
+        for _ in range(MANY_OF_ONE_CLIENT + 4):
+            assert (await harness.get("1")).body == data
+
+
+async def test_a_client_with_many_proxied_answers_begins_others_slowly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "CROWD_SPACING", 3600.0)
+    async with assets_harness(tmp_path, proxied_first_byte_wait=3600) as harness:
+        harness.add("1", SIZE)
+        forbid_storing(harness)
+        harness.node.faults.add(Fault(latency_before_headers=3600))
+        asking = [asyncio.create_task(harness.get("1")) for _ in range(MANY_OF_ONE_CLIENT + 4)]
+        await harness.node.requests.wait_for(lambda log: len(log) > MANY_OF_ONE_CLIENT)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await harness.node.requests.wait_for(lambda log: len(log) > MANY_OF_ONE_CLIENT + 1)
+        for task in asking:
+            task.cancel()
+        await asyncio.wait(asking)
 
 
 async def test_a_remembered_failure_is_proxied(harness: AssetsHarness) -> None:

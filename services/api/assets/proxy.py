@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -42,6 +42,8 @@ from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS
 from distributor_node.shared.waiting import background, wait_event
 
+MANY_OF_ONE_CLIENT = 16
+"""Proxied responses in progress from which on a client's others begin more slowly. No browser asks for as many."""
 _HASH_CHUNK = 1024 * 1024
 _SOURCE_FAILED = "source_failed"
 
@@ -150,6 +152,7 @@ class Proxy:
         self.passages = Passages(context.failover_reader, turns=context.turns)
         self._slow_clients, self._addresses = context.slow_clients, context.client_addresses
         self._free_slots = settings.max_proxied
+        self._of_client: Counter[str] = Counter()  # responses in progress, those included that wait to begin
         self._first_byte_wait = settings.proxied_first_byte_wait
         self._max_prefix = min(settings.far_range_distance, MAX_SKIP)
 
@@ -365,7 +368,8 @@ class Proxy:
         version = proxied.representation.version
         wanted = replace(proxied.media_object, validators=version.validators)
         must_match = version.if_range is not None and proxied.span.partial
-        await proxied.response.take_request_turn(proxied.client)
+        has_many = self._of_client[proxied.client] > MANY_OF_ONE_CLIENT
+        await proxied.response.take_request_turn(proxied.client if has_many else None)
         try:
             async with aclosing(
                 self._failover_reader.stream(
@@ -412,12 +416,16 @@ class Proxy:
                 raise AbortResponse("too_many_proxied")
             raise HttpError(503, "Too many responses are being proxied", "unavailable", RETRY_LATER)
         self._free_slots -= 1
+        self._of_client[client] += 1
         PROXIED_IN_PROGRESS.inc()
         try:
             with self._slow_clients.place(stream.protocol, client):
                 yield
         finally:
             self._free_slots += 1
+            self._of_client[client] -= 1
+            if not self._of_client[client]:
+                del self._of_client[client]
             PROXIED_IN_PROGRESS.dec()
 
 

@@ -360,8 +360,8 @@ class ResponseWriter:
         """
         await self._turns.take(size)
 
-    async def take_request_turn(self, client: str) -> None:
-        """Wait for the turn in which a source may be asked for the body. `client`: see `client_of_request`."""
+    async def take_request_turn(self, client: str | None) -> None:
+        """Wait for the turn in which a source may be asked for the body. `client`: see `TurnBudget.take_request`."""
         await self._turns.take_request(client)
 
     async def send(self, chunk: bytes | memoryview, source: DataSource) -> None:
