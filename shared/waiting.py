@@ -70,6 +70,7 @@ class Turns:
         self._long: _Queue = deque()
         self._queues = (self._short, self._long)  # in the order of the current turn
         self._refilling = False
+        self._began = 0.0  # the current turn, if turns last for some seconds
 
     async def take(self, cost: int = 1, *, long: bool = False) -> None:
         """Wait until there is room for `cost` units, at most those of a turn, in the order of the calls.
@@ -77,7 +78,7 @@ class Turns:
         `long`: this is one of many calls for the same purpose. Such calls have a queue of their own. Where others wait
         too, both queues come first in every second turn.
         """
-        if not self._short and not self._long and cost <= self._left:
+        if not self._short and not self._long and (cost <= self._left or self._has_lasted()):
             self._spend(cost)
             return
         admitted = asyncio.get_running_loop().create_future()
@@ -89,7 +90,16 @@ class Turns:
         """Whether calls that are not `long` wait."""
         return bool(self._short)
 
+    def _has_lasted(self) -> bool:
+        """Whether the turn has lasted its `seconds`, and another one begins: timers fire up to a millisecond later."""
+        if not self._seconds or time.monotonic() - self._began < self._seconds:
+            return False
+        self._left = self._room
+        return True
+
     def _spend(self, cost: int) -> None:
+        if self._seconds and self._left == self._room:
+            self._began = time.monotonic()
         self._left -= cost
         if not self._refilling:
             self._refilling = True

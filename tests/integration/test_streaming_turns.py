@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ import pytest
 from distributor_node.services.api.assets.handler import AssetHandler
 from distributor_node.services.api.assets.response import CHUNK_BYTES, UNSENT_LIMIT, ResponseWriter
 from distributor_node.shared.waiting import REQUEST_SPACING, TURN_BYTES, TurnBudget
+from distributor_node.shared.waiting import Turns as WaitingTurns
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
 
@@ -245,3 +247,11 @@ async def test_a_request_does_not_wait_for_all_streams() -> None:
 
     await asyncio.gather(*(stream() for _ in range(40)), request(), request())
     assert [at for at, what in enumerate(order) if what == "request"][-1] <= 5
+
+
+async def test_a_turn_that_has_lasted_is_over_although_its_timer_has_not_fired() -> None:
+    turns = WaitingTurns(1, seconds=0.001)
+    await turns.take()
+    time.sleep(0.002)  # noqa: ASYNC251  the loop cannot run the timer
+    with pytest.raises(StopIteration):
+        turns.take().send(None)
