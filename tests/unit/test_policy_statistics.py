@@ -19,6 +19,7 @@ from distributor_node.shared.domain.eviction import (
 from distributor_node.shared.domain.eviction.gdsf import ClassicMiniature, EvictedViews
 from distributor_node.shared.domain.eviction.lru_sp import cost_of, group_of
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 KIB, MIB, NOW = 1024, 1024**2, 1_700_000_000.0
 THUMBNAIL = PolicyEntry(ObjectId("thumbnail"), 20 * KIB, 1, NOW)
@@ -237,12 +238,13 @@ def test_the_views_of_an_object_that_comes_back_count_less_until_its_next_view()
 
 def test_the_miniature_holds_a_sample_in_as_many_bytes_as_that_has_in_the_cache() -> None:
     residents: dict[str, int] = {}
-    classic = ClassicMiniature(residents.items, most=64)
+    classic = ClassicMiniature(
+        lambda samples: sum(footprint(size) for name, size in residents.items() if samples(name)), most=64
+    )
     for number in range(1000):
         name = ObjectId(f"o{number}")
         residents[name] = 1000 + number % 7
-        classic.count_resident(name, residents[name])
-        if classic.samples(name):
+        if classic.count_resident(name, residents[name]):
             answer = classic.view(name, residents[name], 1)
             assert answer is None, "nothing is evicted: there is nothing to compare"
         assert len(classic) <= 64
