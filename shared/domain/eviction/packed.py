@@ -107,7 +107,8 @@ class LazyHeap:
 
     def __init__(self, records: PackedRecords) -> None:
         self._records = records
-        self._heap = array("I")
+        # A list is read much faster than an array, and the numbers are the objects that `slots` holds
+        self._heap: list[int] = []
         # Columns of the records, which stay the same arrays
         self._places, self._ids = records.places, records.ids
         self._keys, self._times = records.pushed_priorities, records.pushed_times
