@@ -163,7 +163,7 @@ class EvictionIndex:
         touched = self._touched = set()
         try:
             async for batch in self._state.entries():
-                known.update(entry.object_id for entry in batch)
+                known.update([entry.object_id for entry in batch])
                 for entry in batch:
                     object_id = entry.object_id
                     if object_id in touched:

@@ -167,7 +167,9 @@ class Gdsf(PackedPolicy):
         self.remove(object_id)
         records = self._records
         slot = records.insert(object_id, size, remembered + begins_view, now)
-        weighed = self._weights.of(max(1.0, _RETURNED_SHARE * remembered + begins_view))
+        weighed = self._weights.first
+        if remembered:
+            weighed = self._weights.of(max(1.0, _RETURNED_SHARE * remembered + begins_view))
         records.priorities[slot] = self.inflation + priority_above_inflation(size, weighed, self._miss_cost)
         self._heap.push(slot)
         search = self._search
@@ -495,9 +497,9 @@ class EvictedViews:
             self._resize(2 * self.cells)
         tag = crc32(object_id.encode())
         first = self._row_of(tag)
-        end = first + _ROW_BYTES
-        cell = _CELL.pack(tag, min(views, _MOST_EVICTED_VIEWS))
-        self._table[first:end] = cell + self._table[first : end - _CELL_BYTES]
+        end, table = first + _ROW_BYTES, self._table
+        table[first + _CELL_BYTES : end] = table[first : end - _CELL_BYTES]
+        _CELL.pack_into(table, first, tag, min(views, _MOST_EVICTED_VIEWS))
 
     def take(self, object_id: str) -> int:
         """Its views, and forget them; 0: none are known."""
