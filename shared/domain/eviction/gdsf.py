@@ -69,9 +69,8 @@ AUTO_COST = MissCost()
 def priority_above_inflation(size: int, weighed: float, miss_cost: float) -> float:
     """w(views) × (1 / size + 1 / c0), times MiB. An object and c0 are counted as one byte at least, so that it is
     finite. Whatever c0 is, a small object's is nearly the same: so c0 can move without new priorities for all."""
-    # Conditions instead of max(): this is a part of every hit
-    size = size if size > 1 else 1
-    return weighed * _MIB * (miss_cost + size) / (size * (miss_cost if miss_cost > 1.0 else 1.0))
+    size = size or 1
+    return weighed * _MIB * (miss_cost + size) / (size * max(1.0, miss_cost))
 
 
 class StoredPriorities:
@@ -131,7 +130,9 @@ class Gdsf(PackedPolicy):
         self._weights = ViewWeights(basis.exponent, basis.first_weight)
         self._times_mean = self._cost.times_mean(self._weights.exponent, self._factor)
         self._search = (
-            CostFactor(self._factor, partial(_note_sample, self._records)) if self._cost == AUTO_COST else None
+            CostFactor(self._factor, partial(_note_sample, self._records))
+            if self._cost == AUTO_COST
+            else None
         )
 
     @property
@@ -190,8 +191,9 @@ class Gdsf(PackedPolicy):
         frequency = records.count_access(slot, views, now)
         weights, priorities = self._weights, records.priorities
         weighed = weights.few[frequency] if frequency < _FEW_VIEWS else weights.of(frequency)
-        priority = self.inflation + priority_above_inflation(size, weighed, self._miss_cost)
-        if priority > priorities[slot]:
+        before, priority = priorities[slot], priority_above_inflation(size, weighed, self._miss_cost)
+        priority += self.inflation
+        if priority > before:
             priorities[slot] = priority
         if views and records.sampled[slot] and self._search is not None:
             self._find_factor(self._search, object_id, size, views, hit=True)
@@ -524,5 +526,5 @@ class EvictedViews:
         return place
 
     def _row_of(self, tag: int) -> int:
-        """Its first byte. The hash of similar ids is spread once more: its low bits alone would fill some rows first."""
+        """Its first byte. The hash of similar ids is spread once more: by its low bits alone some rows fill first."""
         return ((tag * 2_654_435_761 & 0xFFFFFFFF) >> self._shift) * _ROW_BYTES

@@ -77,11 +77,9 @@ class PackedRecords:
 
     def count_access(self, slot: int, views: int, now: float) -> int:
         """Count views up to `now`; returns the new number. A late report never makes the object older."""
-        frequency = self.frequencies[slot] + views
-        if frequency > MAX_VIEWS:
-            frequency = MAX_VIEWS
-        self.frequencies[slot] = frequency
-        if now > self.last_accesses[slot]:
+        self.frequencies[slot] = frequency = min(self.frequencies[slot] + views, MAX_VIEWS)
+        last = self.last_accesses[slot]
+        if now > last:
             self.last_accesses[slot] = now
         return frequency
 
@@ -107,8 +105,7 @@ class LazyHeap:
 
     def __init__(self, records: PackedRecords) -> None:
         self._records = records
-        # A list is read much faster than an array, and the numbers are the objects that `slots` holds
-        self._heap: list[int] = []
+        self._heap = array("I")
         # Columns of the records, which stay the same arrays
         self._places, self._ids = records.places, records.ids
         self._keys, self._times = records.pushed_priorities, records.pushed_times
@@ -189,9 +186,7 @@ class LazyHeap:
         while child < last:
             least, other = heap[child], heap[child + 1]
             left, right = keys[least], keys[other]
-            if right < left or (
-                right == left and (times[other], ids[other]) < (times[least], ids[least])
-            ):
+            if right < left or (right == left and (times[other], ids[other]) < (times[least], ids[least])):
                 least = other
                 child += 1
             heap[place] = least
