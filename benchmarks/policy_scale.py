@@ -30,10 +30,13 @@ from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.eviction import (
     POLICY_NAMES,
     EvictionPolicy,
+    Gdsf,
     PolicyEntry,
     PriorityBasis,
     make_policy,
 )
+from distributor_node.shared.domain.eviction.gdsf import priority_above_inflation
+from distributor_node.shared.domain.eviction.policy import FIRST_COST_FACTOR
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import IndexEntry, PolicyState
 from distributor_node.shared.runtime.process import mmap_large_blocks
@@ -42,6 +45,11 @@ from tests.servers.redis_server import RedisServer
 EPOCH = 1_700_000_000.0
 BATCHES, BATCH = 300, 100
 ADOPTION_BATCH = 1000
+MEAN_VIEW = 1e6  # bytes
+BASIS = PriorityBasis(
+    policy=Gdsf.mark, miss_cost=FIRST_COST_FACTOR * MEAN_VIEW, views=1.0, viewed_bytes=MEAN_VIEW
+)
+"""As gdsf leaves it. By another one a new leader translates all priorities and writes them."""
 
 
 def entries(count: int, first: int, random: Random, now: float) -> Iterator[PolicyEntry]:
@@ -52,7 +60,9 @@ def entries(count: int, first: int, random: Random, now: float) -> Iterator[Poli
 
 
 def as_index_entry(entry: PolicyEntry) -> IndexEntry:
-    return IndexEntry(entry.object_id, entry.size, entry.frequency, entry.last_access, entry.priority)
+    """With the priority that gdsf gives it."""
+    priority = priority_above_inflation(entry.size, BASIS.first_weight, BASIS.miss_cost)
+    return IndexEntry(entry.object_id, entry.size, entry.frequency, entry.last_access, priority)
 
 
 def filled(name: str, count: int) -> EvictionPolicy:
@@ -125,9 +135,7 @@ async def fill_store(url: str, count: int) -> float:
         remaining = entries(count, 0, Random(2), EPOCH)
         while batch := [as_index_entry(entry) for entry in islice(remaining, ADOPTION_BATCH)]:
             await state.adopt_many(term, batch)
-        # As gdsf leaves it: without, a new leader reads all entries twice and writes each
-        basis = PriorityBasis(policy="gdsf", miss_cost=20e6, views=1.0, viewed_bytes=1e6)
-        await state.save_policy(term, [], PolicyState(basis))
+        await state.save_policy(term, [], PolicyState(BASIS))
     finally:
         await state.close()
     return (await redis_memory(url) - empty) / count

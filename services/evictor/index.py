@@ -158,20 +158,22 @@ class EvictionIndex:
 
     async def _compare(self) -> CompactIdSet:
         """Make the policy hold the store's objects. In place, because a second policy would double the memory."""
-        known, held, evicting = CompactIdSet(), self.policy.ids(), dict[ObjectId, None]()
+        policy, partials = self.policy, self._partials
+        known, held, evicting = CompactIdSet(), policy.ids(), dict[ObjectId, None]()
         touched = self._touched = set()
         try:
             async for batch in self._state.entries():
-                known.update(entry.object_id for entry in batch)
+                known.update([entry.object_id for entry in batch])
                 for entry in batch:
-                    if entry.object_id in touched:
+                    object_id = entry.object_id
+                    if object_id in touched:
                         continue
                     if entry.evicting:
-                        evicting[entry.object_id] = None
-                        self._forget(entry.object_id)
-                    elif entry.object_id not in self:
-                        self._partials.discard(entry.object_id)
-                        self.policy.add(entry)
+                        evicting[object_id] = None
+                        self._forget(object_id)
+                    elif object_id not in policy or object_id in partials:
+                        partials.discard(object_id)
+                        policy.add(entry)
                 await asyncio.sleep(0)
             for start in range(0, len(held), _COMPARE_BATCH):
                 for object_id in held[start : start + _COMPARE_BATCH]:

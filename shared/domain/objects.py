@@ -418,7 +418,7 @@ class CompactIdSet:
         return len(self._hashes)
 
     def update(self, object_ids: Iterable[ObjectId]) -> None:
-        self._hashes.extend(hash(object_id) for object_id in object_ids)
+        self._hashes.extend(map(hash, object_ids))
         self._sorted = False
 
     def __contains__(self, object_id: object) -> bool:

@@ -215,7 +215,7 @@ ACCESS_TIME_RESOLUTION = 1 / 2**16
 """Seconds. Stores need not distinguish access times that are closer than this."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class IndexEntry(PolicyEntry):
     """What the index holds of a complete object. It is a policy's entry as it is: a new leader adds a million of them.
 

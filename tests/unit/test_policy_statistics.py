@@ -16,9 +16,10 @@ from distributor_node.shared.domain.eviction import (
     PriorityBasis,
     make_policy,
 )
-from distributor_node.shared.domain.eviction.gdsf import ClassicMiniature, EvictedViews
+from distributor_node.shared.domain.eviction.gdsf import ClassicMiniature, CostFactor, EvictedViews
 from distributor_node.shared.domain.eviction.lru_sp import cost_of, group_of
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 KIB, MIB, NOW = 1024, 1024**2, 1_700_000_000.0
 THUMBNAIL = PolicyEntry(ObjectId("thumbnail"), 20 * KIB, 1, NOW)
@@ -237,12 +238,13 @@ def test_the_views_of_an_object_that_comes_back_count_less_until_its_next_view()
 
 def test_the_miniature_holds_a_sample_in_as_many_bytes_as_that_has_in_the_cache() -> None:
     residents: dict[str, int] = {}
-    classic = ClassicMiniature(residents.items, most=64)
+    classic = ClassicMiniature(
+        lambda samples: sum(footprint(size) for name, size in residents.items() if samples(name)), most=64
+    )
     for number in range(1000):
         name = ObjectId(f"o{number}")
         residents[name] = 1000 + number % 7
-        classic.count_resident(name, residents[name])
-        if classic.samples(name):
+        if classic.count_resident(name, residents[name]):
             answer = classic.view(name, residents[name], 1)
             assert answer is None, "nothing is evicted: there is nothing to compare"
         assert len(classic) <= 64
@@ -257,6 +259,44 @@ def test_the_miniature_holds_a_sample_in_as_many_bytes_as_that_has_in_the_cache(
         "a smaller cache: the miniature evicts too, and is compared from then on"
     )
     assert len(classic) < sampled
+
+
+class Compared(Gdsf):
+    """Notes which view was compared with the classic form last."""
+
+    compared: ObjectId | None = None
+    classic: ClassicMiniature
+
+    def _find_factor(
+        self, search: CostFactor, object_id: ObjectId, size: int, views: int, *, hit: bool
+    ) -> None:
+        self.compared, self.classic = object_id, search.classic
+        super()._find_factor(search, object_id, size, views, hit=hit)
+
+    def is_compared(self, object_id: ObjectId) -> bool:
+        self.compared = None
+        self.access(object_id, 1, NOW)
+        return self.compared is not None
+
+
+def test_only_views_of_objects_in_the_sample_are_compared() -> None:
+    """The sample is halved at 8192 objects: while they come, and when they are restored."""
+    policy, restored = Compared(), Compared()
+    ids = [ObjectId(f"o{number}") for number in range(9000)]
+    for object_id in ids:
+        policy.store(object_id, 1000, NOW)
+    restored.restore(policy.dump(), policy.basis)
+    restored.end_restore()
+    for one in (policy, restored):
+        compared = [object_id for object_id in ids if one.is_compared(object_id)]
+        assert compared == [object_id for object_id in ids if one.classic.samples(object_id)]
+        assert 4000 < len(compared) < 5000
+    gone = next(object_id for object_id in ids if restored.classic.samples(object_id))
+    newcomer = next(object_id for object_id in ids if not restored.classic.samples(object_id))
+    restored.remove(newcomer)
+    restored.remove(gone)
+    restored.store(newcomer, 1000, NOW)
+    assert not restored.is_compared(newcomer), "it may have the place of one in the sample"
 
 
 def test_a_later_lru_access_reported_early_keeps_its_place() -> None:

@@ -164,11 +164,11 @@ def read_entry(object_id: bytes, packed: bytes) -> IndexEntry | None:
         packed
     )
     return IndexEntry(
-        object_id=ObjectId(object_id.decode()),
-        size=size | more_size << 32,
-        frequency=counted >> 1,
-        last_access=(accessed | more_accessed << 32) * ACCESS_TIME_RESOLUTION,
-        priority=priority,
+        ObjectId(object_id.decode()),
+        size | more_size << 32,
+        counted >> 1,
+        (accessed | more_accessed << 32) * ACCESS_TIME_RESOLUTION,
+        priority,
         evicting=bool(counted & 1),
         generation=generation | more_generation << 32,
     )

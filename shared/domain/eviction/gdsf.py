@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from array import array
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from zlib import crc32
 
 from distributor_node.shared.domain.eviction.packed import PackedPolicy, PackedRecords
@@ -52,9 +53,14 @@ class MissCost:
     def by_mean(self, mean: float, exponent: float = 1.0, found: float = FIRST_COST_FACTOR) -> float:
         """c0 in bytes. `mean`: bytes of a view; `exponent`: a; `found`: the factor unless it is set. Where popularity
         moves, small objects stay long enough at a lower c0, and more bytes are hits."""
+        times = self.times_mean(exponent, found)
+        return float(self.fixed or 0) if times is None else times * mean
+
+    def times_mean(self, exponent: float, found: float) -> float | None:
+        """What the mean is multiplied by; None: c0 is fixed."""
         if self.fixed is not None:
-            return float(self.fixed)
-        return (found if self.factor is None else self.factor) * exponent * mean
+            return None
+        return (found if self.factor is None else self.factor) * exponent
 
 
 AUTO_COST = MissCost()
@@ -63,7 +69,7 @@ AUTO_COST = MissCost()
 def priority_above_inflation(size: int, weighed: float, miss_cost: float) -> float:
     """w(views) × (1 / size + 1 / c0), times MiB. An object and c0 are counted as one byte at least, so that it is
     finite. Whatever c0 is, a small object's is nearly the same: so c0 can move without new priorities for all."""
-    size = max(1, size)
+    size = size or 1
     return weighed * _MIB * (miss_cost + size) / (size * max(1.0, miss_cost))
 
 
@@ -122,8 +128,11 @@ class Gdsf(PackedPolicy):
         self._evicted = EvictedViews()
         self._factor = bounded_factor(basis.cost_factor)
         self._weights = ViewWeights(basis.exponent, basis.first_weight)
+        self._times_mean = self._cost.times_mean(self._weights.exponent, self._factor)
         self._search = (
-            CostFactor(self._factor, partial(_sizes_in, self._records)) if self._cost == AUTO_COST else None
+            CostFactor(self._factor, partial(_note_sample, self._records))
+            if self._cost == AUTO_COST
+            else None
         )
 
     @property
@@ -138,17 +147,6 @@ class Gdsf(PackedPolicy):
             self._weights.first,
             self._factor,
         )
-
-    def add(self, entry: PolicyEntry) -> None:
-        super().add(entry)
-        if self._search is not None:
-            self._search.classic.count_resident(entry.object_id, entry.size)
-
-    def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
-        slot = self._records.slots.get(object_id)
-        if slot is not None and self._search is not None and self._search.classic.samples(object_id):
-            self._search.classic.count_resident(object_id, self._records.sizes[slot], here=False)
-        super().remove(object_id, evicted=evicted)
 
     def restore(self, entries: Iterable[PolicyEntry], basis: PriorityBasis) -> None:
         super().restore(entries, basis)
@@ -169,15 +167,17 @@ class Gdsf(PackedPolicy):
             self._count_views(size, 1)
         self.remove(object_id)
         records = self._records
-        slot = records.insert(PolicyEntry(object_id, size, remembered + begins_view, now))
-        weighed = self._weights.of(max(1.0, _RETURNED_SHARE * remembered + begins_view))
-        priority = self.inflation + priority_above_inflation(size, weighed, self._miss_cost)
-        records.priorities[slot] = priority
+        slot = records.insert(object_id, size, remembered + begins_view, now)
+        weighed = self._weights.first
+        if remembered:
+            weighed = self._weights.of(max(1.0, _RETURNED_SHARE * remembered + begins_view))
+        records.priorities[slot] = self.inflation + priority_above_inflation(size, weighed, self._miss_cost)
         self._heap.push(slot)
-        if self._search is not None and self._search.classic.samples(object_id):
-            self._search.classic.count_resident(object_id, size)
+        search = self._search
+        if search is not None and search.classic.count_resident(object_id, size):
+            records.sampled[slot] = 1
             if begins_view:
-                self._find_factor(self._search, object_id, size, 1, hit=False)
+                self._find_factor(search, object_id, size, 1, hit=False)
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
         """Raise the priority. Without further views (a long send continues) it rises by as much as L has risen."""
@@ -189,10 +189,13 @@ class Gdsf(PackedPolicy):
         if views:
             self._count_views(size, views)
         frequency = records.count_access(slot, views, now)
-        above = priority_above_inflation(size, self._weights.of(frequency), self._miss_cost)
-        priority = self.inflation + above
-        records.priorities[slot] = max(records.priorities[slot], priority)
-        if views and self._search is not None and self._search.classic.samples(object_id):
+        weights, priorities = self._weights, records.priorities
+        weighed = weights.few[frequency] if frequency < _FEW_VIEWS else weights.of(frequency)
+        before, priority = priorities[slot], priority_above_inflation(size, weighed, self._miss_cost)
+        priority += self.inflation
+        if priority > before:
+            priorities[slot] = priority
+        if views and records.sampled[slot] and self._search is not None:
             self._find_factor(self._search, object_id, size, views, hit=True)
 
     def _find_factor(
@@ -204,24 +207,38 @@ class Gdsf(PackedPolicy):
 
     def _count_views(self, size: int, views: int) -> None:
         """Move the mean, and c0 with it. Old views count less and less: both sums are halved from time to time."""
-        self._views += views
-        self._viewed_bytes += views * size
-        if self._views >= 32 * len(self._records.slots) + 20_000:
-            self._views /= 2
-            self._viewed_bytes /= 2
-        self._move_cost()
+        counted, viewed_bytes = self._views + views, self._viewed_bytes + views * size
+        if counted >= 32 * len(self._records.slots) + 20_000:
+            counted, viewed_bytes = counted / 2, viewed_bytes / 2
+        self._views, self._viewed_bytes = counted, viewed_bytes
+        if self._times_mean is not None:
+            self._miss_cost = self._times_mean * (viewed_bytes / counted)
 
     def _move_cost(self) -> None:
-        if self._views:
-            mean = self._viewed_bytes / self._views
-            self._miss_cost = self._cost.by_mean(mean, self._weights.exponent, self._factor)
+        """The factor or a has moved, and c0 moves with it."""
+        self._times_mean = self._cost.times_mean(self._weights.exponent, self._factor)
+        if self._views and self._times_mean is not None:
+            self._miss_cost = self._times_mean * (self._viewed_bytes / self._views)
+
+    def _insert(self, entry: PolicyEntry) -> int:
+        slot = super()._insert(entry)
+        if self._search is not None and self._search.classic.count_resident(entry.object_id, entry.size):
+            self._records.sampled[slot] = 1
+        return slot
+
+    def _remove(self, slot: int, *, evicted: bool) -> None:
+        records = self._records
+        if records.sampled[slot] and self._search is not None:
+            records.sampled[slot] = 0
+            self._search.classic.count_resident(records.ids[slot], records.sizes[slot], here=False)
+        super()._remove(slot, evicted=evicted)
 
     def _key(self, slot: int, known: float) -> float:
+        if known and self._stored is None:
+            return known
         size, frequency = self._records.sizes[slot], self._records.frequencies[slot]
         if known and self._stored is not None:
             return self._stored.priority(size, frequency, known)
-        if known:
-            return known
         weighed = self._weights.of(frequency)
         return self.inflation + priority_above_inflation(size, weighed, self._miss_cost)
 
@@ -229,19 +246,27 @@ class Gdsf(PackedPolicy):
         """L never falls, not even when the victim is an object that was spared before."""
         self.inflation = max(self.inflation, self._records.priorities[slot])
         views, residents = self._records.frequencies[slot], len(self._records.slots)
-        self._evicted.put(ObjectId(self._records.ids[slot]), views, residents)
+        self._evicted.put(self._records.ids[slot], views, residents)
         if self._weights.count_eviction(views, residents, self._factor):
             self._move_cost()
 
 
-def _sizes_in(records: PackedRecords) -> Iterable[tuple[str, int]]:
-    return ((object_id, records.sizes[slot]) for object_id, slot in records.slots.items())
+def _note_sample(records: PackedRecords, samples: Callable[[str], bool]) -> int:
+    """Note which objects are in the sample now; their bytes, with the records. The sample only ever shrinks."""
+    taken = 0
+    for slot in compress(range(len(records.ids)), records.sampled):
+        if samples(records.ids[slot]):
+            taken += footprint(records.sizes[slot])
+        else:
+            records.sampled[slot] = 0
+    return taken
 
 
 _LEAST_EXPONENT, _MOST_EXPONENT = 0.2, 1.0
 _LEAST_FIRST, _MOST_FIRST = 0.1, 0.5
 _STEP = 0.2
 _FEWEST_SEEN = 5
+_FEW_VIEWS = 64
 
 
 class ViewWeights:
@@ -261,6 +286,11 @@ class ViewWeights:
         self.first = min(max(first, _LEAST_FIRST), _MOST_FIRST)
         self._evicted, self._returned = [1.0] * 3, [0.1] * 3
         self._until_move = 500
+        self.few = self._of_few()
+        """w(views) for fewer than 64 views: a hit looks it up."""
+
+    def _of_few(self) -> list[float]:
+        return [self.of(views) for views in range(_FEW_VIEWS)]
 
     def of(self, views: float) -> float:
         """w(views). Between one view and two it is on the straight line."""
@@ -289,6 +319,7 @@ class ViewWeights:
                 moved = self.first * math.exp(_STEP * self._log_odds(0))
                 least = _LEAST_FIRST * (1 + min(1.0, cost_factor / FIRST_COST_FACTOR))
                 self.first = min(max(moved, least), _MOST_FIRST)
+            self.few = self._of_few()
         self._evicted = [count / 2 + 0.1 for count in self._evicted]
         self._returned = [count / 2 + 0.01 for count in self._returned]
         return True
@@ -310,6 +341,10 @@ def bounded_factor(value: float) -> float:
     return min(max(value, _LEAST_FACTOR), _MOST_FACTOR)
 
 
+NoteSample = Callable[[Callable[[str], bool]], int]
+"""Is told which ids are in a sample that has changed, and returns the bytes that these take in the cache."""
+
+
 class CostFactor:
     """The factor of c0, as low as the object hit ratio allows: the lower it is, the more bytes are hits.
 
@@ -319,10 +354,9 @@ class CostFactor:
     most. Hits are of the views counted lately, with nine tenths of their weight for each move since.
     """
 
-    def __init__(self, value: float, sizes: Callable[[], Iterable[tuple[str, int]]]) -> None:
-        """`sizes`: of all objects in the cache, by id."""
+    def __init__(self, value: float, note_sample: NoteSample) -> None:
         self.value = value
-        self.classic = ClassicMiniature(sizes)
+        self.classic = ClassicMiniature(note_sample)
         self._counted = self._ahead = 0.0  # views; and by how many hits the classic form is ahead
         self._until_move = _COMPARED_VIEWS
 
@@ -359,9 +393,8 @@ class ClassicMiniature:
     Source: Carl Waldspurger et al., "Cache modeling and optimization using miniature simulations", USENIX ATC 2017.
     """
 
-    def __init__(self, sizes: Callable[[], Iterable[tuple[str, int]]], most: int = _MOST_SAMPLED) -> None:
-        """`sizes`: of all objects in the cache, by id."""
-        self._sizes, self._most = sizes, most
+    def __init__(self, note_sample: NoteSample, most: int = _MOST_SAMPLED) -> None:
+        self._note_sample, self._most = note_sample, most
         self.sampled = _ALL_HASHES
         """Ids with a hash below this are in the sample."""
         self._room = 0  # bytes, with the records
@@ -372,10 +405,12 @@ class ClassicMiniature:
     def __len__(self) -> int:
         return len(self._held)
 
-    def count_resident(self, object_id: str, size: int, *, here: bool = True) -> None:
-        """An object of this size has come into the cache, or is no more `here`."""
-        if self.samples(object_id):
+    def count_resident(self, object_id: str, size: int, *, here: bool = True) -> bool:
+        """An object of this size has come into the cache, or is no more `here`. Whether it is in the sample."""
+        sampled = self.samples(object_id)
+        if sampled:
             self._room += footprint(size) if here else -footprint(size)
+        return sampled
 
     def sample_for(self, residents: int) -> None:
         """Choose the sample for a cache that is given with so many objects at once."""
@@ -426,7 +461,7 @@ class ClassicMiniature:
         self._inflation, self._full = max(self._inflation, priority), True
 
     def _resample(self) -> None:
-        self._room = sum(footprint(size) for object_id, size in self._sizes() if self.samples(object_id))
+        self._room = self._note_sample(self.samples)
         self._held = {held: fields for held, fields in self._held.items() if self.samples(held)}
         self._bytes = sum(taken for _, _, taken in self._held.values())
         self._order = [(priority, held) for held, (priority, _, _) in self._held.items()]
@@ -436,6 +471,10 @@ class ClassicMiniature:
 _ROW = 8
 _FEWEST_CELLS = 256
 _MOST_EVICTED_VIEWS = 255
+_CELL = struct.Struct("<IB")
+"""32-bit hash of an id, and its views."""
+_CELL_BYTES = _CELL.size
+_ROW_BYTES = _ROW * _CELL_BYTES
 
 
 class EvictedViews:
@@ -451,36 +490,41 @@ class EvictedViews:
 
     def _resize(self, cells: int) -> None:
         self.cells = cells
-        self._tags, self._views = array("I", bytes(4 * cells)), bytearray(cells)
+        self._table = bytearray(cells * _CELL_BYTES)
         self._shift = 33 - (cells // _ROW).bit_length()  # a row's number has that many bits less than 32
 
-    def put(self, object_id: ObjectId, views: int, residents: int) -> None:
+    def put(self, object_id: str, views: int, residents: int) -> None:
         """Remember a victim. `residents`: objects in the cache."""
         if 2 * residents > 3 * self.cells:
             self._resize(2 * self.cells)
         tag = crc32(object_id.encode())
         first = self._row_of(tag)
-        last = first + _ROW - 1
-        self._tags[first + 1 : last + 1] = self._tags[first:last]
-        self._views[first + 1 : last + 1] = self._views[first:last]
-        self._tags[first], self._views[first] = tag, min(views, _MOST_EVICTED_VIEWS)
+        end, table = first + _ROW_BYTES, self._table
+        table[first + _CELL_BYTES : end] = table[first : end - _CELL_BYTES]
+        _CELL.pack_into(table, first, tag, min(views, _MOST_EVICTED_VIEWS))
 
-    def take(self, object_id: ObjectId) -> int:
+    def take(self, object_id: str) -> int:
         """Its views, and forget them; 0: none are known."""
         tag = crc32(object_id.encode())
         first = self._row_of(tag)
-        last = first + _ROW - 1
-        for cell in range(first, last + 1):
-            views = self._views[cell]
-            if not views:
-                break
-            if self._tags[cell] == tag:
-                self._tags[cell:last] = self._tags[cell + 1 : last + 1]
-                self._views[cell:last] = self._views[cell + 1 : last + 1]
-                self._views[last] = 0
-                return views
-        return 0
+        end = first + _ROW_BYTES
+        row = self._table[first:end]
+        cell = self._find(row, tag)
+        if cell < 0:
+            return 0
+        views = row[cell + _CELL_BYTES - 1]
+        self._table[first + cell : end] = row[cell + _CELL_BYTES :] + bytes(_CELL_BYTES)
+        return views
+
+    @staticmethod
+    def _find(row: bytearray, tag: int) -> int:
+        """Where the cell with this hash begins; -1: there is none."""
+        wanted = tag.to_bytes(4, "little")
+        place = row.find(wanted)
+        while place > 0 and place % _CELL_BYTES:  # across two cells
+            place = row.find(wanted, place + 1)
+        return place
 
     def _row_of(self, tag: int) -> int:
-        """First cell. The hash of similar ids is spread once more: its low bits alone would fill some rows first."""
-        return ((tag * 2_654_435_761 & 0xFFFFFFFF) >> self._shift) * _ROW
+        """Its first byte. The hash of similar ids is spread once more: by its low bits alone some rows fill first."""
+        return ((tag * 2_654_435_761 & 0xFFFFFFFF) >> self._shift) * _ROW_BYTES

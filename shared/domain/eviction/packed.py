@@ -47,27 +47,25 @@ class PackedRecords:
             self.pushed_times,
             self.places,
         ]
+        self.sampled = array("B")  # 1: the policy watches this object as one of a sample
         if with_priorities:
             self.priorities, self.pushed_priorities = array("d"), array("d")
-            self._columns += [self.priorities, self.pushed_priorities]
+            self._columns += [self.priorities, self.pushed_priorities, self.sampled]
 
-    def insert(self, entry: PolicyEntry) -> int:
+    def insert(self, object_id: ObjectId, size: int, views: int, last_access: float) -> int:
         """The slot of this object, a new one if it has none yet. The caller sets its priority."""
         # A subclass of str takes more room, as an object and in the hash table.
-        plain_id = str(entry.object_id)
+        plain_id = str(object_id)
         slot = self.slots.get(plain_id, -1)
         if slot < 0:
-            slot = self.slots[plain_id] = self._free_slot()
+            if not self._free:
+                self._grow()
+            slot = self.slots[plain_id] = self._free.pop()
             self.ids[slot] = plain_id
-        self.sizes[slot] = entry.size
-        self.frequencies[slot] = min(max(1, entry.frequency), MAX_VIEWS)
-        self.last_accesses[slot] = entry.last_access
+        self.sizes[slot] = size
+        self.frequencies[slot] = min(max(1, views), MAX_VIEWS)
+        self.last_accesses[slot] = last_access
         return slot
-
-    def _free_slot(self) -> int:
-        if not self._free:
-            self._grow()
-        return self._free.pop()
 
     def _grow(self) -> None:
         """Make many slots at once: one at a time takes a tenth of the time that a new leader needs."""
@@ -79,9 +77,10 @@ class PackedRecords:
 
     def count_access(self, slot: int, views: int, now: float) -> int:
         """Count views up to `now`; returns the new number. A late report never makes the object older."""
-        frequency = min(self.frequencies[slot] + views, MAX_VIEWS)
-        self.frequencies[slot] = frequency
-        self.last_accesses[slot] = max(self.last_accesses[slot], now)
+        self.frequencies[slot] = frequency = min(self.frequencies[slot] + views, MAX_VIEWS)
+        last = self.last_accesses[slot]
+        if now > last:
+            self.last_accesses[slot] = now
         return frequency
 
     def discard(self, slot: int) -> None:
@@ -107,6 +106,9 @@ class LazyHeap:
     def __init__(self, records: PackedRecords) -> None:
         self._records = records
         self._heap = array("I")
+        # Columns of the records, which stay the same arrays
+        self._places, self._ids = records.places, records.ids
+        self._keys, self._times = records.pushed_priorities, records.pushed_times
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -140,28 +142,27 @@ class LazyHeap:
 
     def ascending(self) -> Generator[int, None, None]:
         """Slots in the order of their keys. Close the iterator before any change: closing re-keys the stale slots."""
-        heap, records = self._heap, self._records
-        priorities, times, ids = records.priorities, records.last_accesses, records.ids
+        heap, keys, times, ids = self._heap, self._keys, self._times, self._ids
+        present_keys, present_times = self._records.priorities, self._records.last_accesses
+        length = len(heap)
         stale: list[int] = []
-        frontier = [self._pushed(0)] if heap else []
+        # (key, last access, id, slot, place); place is -1 where key and last access are those of now
+        frontier = [(keys[slot], times[slot], ids[slot], slot, 0) for slot in heap[:1]]
         try:
             while frontier:
-                priority, time, _, slot, place = heapq.heappop(frontier)
+                key, time, object_id, slot, place = heapq.heappop(frontier)
                 if place >= 0:
-                    for child in (2 * place + 1, 2 * place + 2):
-                        if child < len(heap):
-                            heapq.heappush(frontier, self._pushed(child))
-                    if priorities[slot] != priority or times[slot] != time:
+                    for child in range(2 * place + 1, min(2 * place + 3, length)):
+                        below = heap[child]
+                        heapq.heappush(frontier, (keys[below], times[below], ids[below], below, child))
+                    present_key, present_time = present_keys[slot], present_times[slot]
+                    if present_key != key or present_time != time:
                         stale.append(place)
-                        heapq.heappush(frontier, (priorities[slot], times[slot], ids[slot], slot, -1))
+                        heapq.heappush(frontier, (present_key, present_time, object_id, slot, -1))
                         continue
                 yield slot
         finally:
             self._rekey(stale)
-
-    def _pushed(self, place: int) -> tuple[float, float, str, int, int]:
-        records, slot = self._records, self._heap[place]
-        return records.pushed_priorities[slot], records.pushed_times[slot], records.ids[slot], slot, place
 
     def _rekey(self, places: list[int]) -> None:
         # From the bottom up, because a sinking slot moves only those below it
@@ -170,39 +171,38 @@ class LazyHeap:
             self._sink(place, place)
 
     def _note_key(self, slot: int) -> None:
-        records = self._records
-        records.pushed_priorities[slot] = records.priorities[slot]
-        records.pushed_times[slot] = records.last_accesses[slot]
+        self._keys[slot] = self._records.priorities[slot]
+        self._times[slot] = self._records.last_accesses[slot]
 
     def _sink(self, place: int, top: int) -> None:
         """Move the slot at `place` down to a leaf, then up to where it belongs, no higher than `top`.
 
         Most slots come from the bottom, so this takes fewer comparisons than stopping on the way (as in Python's
         heapq)."""
-        heap, places, ids = self._heap, self._records.places, self._records.ids
-        keys, times = self._records.pushed_priorities, self._records.pushed_times
-        slot, length = heap[place], len(heap)
+        heap, places, ids = self._heap, self._places, self._ids
+        keys, times = self._keys, self._times
+        slot, last = heap[place], len(heap) - 1
         child = 2 * place + 1
-        while child < length:
-            least = heap[child]
-            if child + 1 < length:
-                other = heap[child + 1]
-                left, right = keys[least], keys[other]
-                if right < left or (
-                    right == left and (times[other], ids[other]) < (times[least], ids[least])
-                ):
-                    least = other
-                    child += 1
+        while child < last:
+            least, other = heap[child], heap[child + 1]
+            left, right = keys[least], keys[other]
+            if right < left or (right == left and (times[other], ids[other]) < (times[least], ids[least])):
+                least = other
+                child += 1
             heap[place] = least
             places[least] = place
             place = child
             child = 2 * place + 1
+        if child == last:  # the only one
+            heap[place] = least = heap[child]
+            places[least] = place
+            place = child
         heap[place] = slot
         self._rise(place, top)
 
     def _rise(self, place: int, top: int) -> None:
-        heap, places, ids = self._heap, self._records.places, self._records.ids
-        keys, times = self._records.pushed_priorities, self._records.pushed_times
+        heap, places, ids = self._heap, self._places, self._ids
+        keys, times = self._keys, self._times
         slot = heap[place]
         key = keys[slot]
         while place > top:
@@ -263,7 +263,8 @@ class PackedPolicy:
         self.add(PolicyEntry(object_id, size, 1, now))
 
     def add(self, entry: PolicyEntry) -> None:
-        self.remove(entry.object_id)
+        if entry.object_id in self._records.slots:
+            self.remove(entry.object_id)
         slot = self._insert(entry)
         self._heap_of(slot).push(slot)
 
@@ -274,12 +275,8 @@ class PackedPolicy:
 
     def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
         slot = self._records.slots.get(object_id)
-        if slot is None:
-            return
-        if evicted:
-            self._age(slot)
-        self._heap_of(slot).remove(slot)
-        self._records.discard(slot)
+        if slot is not None:
+            self._remove(slot, evicted=evicted)
 
     def victims(
         self,
@@ -298,8 +295,9 @@ class PackedPolicy:
                 slot = next(slots, None)
                 if slot is None:
                     break
-                chosen.append(records.entry(slot))
-                wanted -= footprint(records.sizes[slot])
+                entry = records.entry(slot)
+                chosen.append(entry)
+                wanted -= footprint(entry.size)
         return chosen
 
     def restore(self, entries: Iterable[PolicyEntry], basis: PriorityBasis) -> None:
@@ -343,14 +341,20 @@ class PackedPolicy:
         """Slots that may go, the first victim first: not in `spared`, last accessed at `latest` or before."""
         return self._idle_slots(self._heap, latest, spared)
 
-    # For subclasses
-
     def _insert(self, entry: PolicyEntry) -> int:
         """Record the entry, with its key; the slot. It still has to be pushed to a heap."""
-        slot = self._records.insert(entry)
+        slot = self._records.insert(entry.object_id, entry.size, entry.frequency, entry.last_access)
         if self.has_priorities:  # else the key is the last access, and in place
             self._records.priorities[slot] = self._key(slot, entry.priority)
         return slot
+
+    def _remove(self, slot: int, *, evicted: bool) -> None:
+        if evicted:
+            self._age(slot)
+        self._heap_of(slot).remove(slot)
+        self._records.discard(slot)
+
+    # For subclasses
 
     def _idle_slots(
         self, heap: LazyHeap, latest: float, spared: Collection[ObjectId]

@@ -9,9 +9,13 @@ from typing import Protocol
 from distributor_node.shared.domain.objects import ObjectId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PolicyEntry:
-    """What every policy knows of an object, so that the policy can be changed at a restart."""
+    """What every policy knows of an object, so that the policy can be changed at a restart.
+
+    Never change one. It is not frozen only because a frozen one takes four times as long to make, and a new leader
+    makes a million.
+    """
 
     object_id: ObjectId
     size: int  # bytes
