@@ -126,6 +126,11 @@ class Fleet:
             url = self.cells[number].url(object_id)
             await eventually(lambda url=url: _is_known(url))  # type: ignore[misc]
 
+    async def knows_all(self, numbers: Sequence[int]) -> bool:
+        """Whether each of these cells finds all others alive."""
+        pages = [await self.cells[number].status() for number in numbers]
+        return all(len(page["peers"]["alive"]) == len(self.cells) - 1 for page in pages)
+
     async def ask(self, number: int, object_id: str) -> bool:
         """Whether the whole object came. A wrong byte fails the test."""
         status, complete, digest = await digest_of(self.cells[number].url(object_id))
