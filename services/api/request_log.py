@@ -50,7 +50,9 @@ class RequestRecord:
     size: int | None = None  # bytes of the whole object, if known
     range_start: int | None = None  # first byte of a 206 within the object
     abort_reason: str | None = None  # why the response ended early
-    absent: bool = False  # only what is cached was wanted (only-if-cached), and it is not: no error of the node
+    absent: bool = (
+        False  # only what is cached was wanted (only-if-cached), and it is not: no error of the node
+    )
     recorded: bool = False
     logged: bool = True  # as an event; otherwise an access log or nothing has it
     log_hits: bool = False  # hits are logged, too

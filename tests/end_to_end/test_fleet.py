@@ -103,7 +103,7 @@ async def test_a_killed_cell_costs_nothing_but_the_connections_to_it(
     asked for while its home is away comes from the source."""
     objects = [generated_object(str(number), 300 * KIB) for number in range(120)]
     fleet.publish(objects)
-    await fleet.up(3, DISTRIBUTOR_PEERS__PROBE_INTERVAL="0.5", **settings)
+    await fleet.up(3, 1 << 30, DISTRIBUTOR_PEERS__PROBE_INTERVAL="0.5", **settings)
     ids, seeds = [item.object_id for item in objects], count(1)
 
     def twice_stored() -> list[str]:

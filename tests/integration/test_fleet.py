@@ -468,7 +468,9 @@ async def test_what_a_node_does_not_have_is_no_error_of_it(fleet: Fleet) -> None
     status, _ = await fleet.hop(fleet.bases[0], item.object_id, **{"Cache-Control": "only-if-cached"})
     assert status == 504
     await eventually(
-        lambda: counted("distributor_requests_total", method="GET", status="504", cache="absent") == absent + 1
+        lambda: (
+            counted("distributor_requests_total", method="GET", status="504", cache="absent") == absent + 1
+        )
     )
     assert counted("distributor_requests_total", method="GET", status="504", cache="none") == others
     assert counted_here()["requests"]["error"] == errors
