@@ -35,6 +35,9 @@ WATCHED_INTERVAL, UNWATCHED_INTERVAL = 1.0, 5.0
 """Seconds between two reports, while a page is open and while none is."""
 LATE = 3.0
 """Seconds after the interval at which a report that has not come means that its process does not run."""
+_CLOCKS_APART = 1.0
+"""Seconds by which the clocks of two hosts may differ. More would take a process that started beside another one for
+its successor."""
 REPORT_TTL = 600.0
 """Seconds that the last report of a process that was killed is kept."""
 WATCH_SECONDS = 10.0
@@ -210,7 +213,7 @@ def _without_replaced(processes: Sequence[ReportedProcess], now: float) -> Seque
     replaced: set[str] = set()
     successors = sorted((one for one in processes if not one.is_late), key=lambda one: one.content.started)
     for late in sorted((one for one in processes if one.is_late), key=lambda one: one.age):
-        ended = now - late.age - late.content.interval - LATE
+        ended = now - late.age - _CLOCKS_APART
         for successor in successors:
             if successor.content.kind == late.content.kind and successor.content.started > ended:
                 replaced.add(late.name)

@@ -71,6 +71,17 @@ async def test_a_killed_process_is_replaced_by_one_of_its_kind_that_starts_after
     assert sorted(found) in (["evictor", "killed-1", "new", "older"], ["evictor", "killed-2", "new", "older"])
 
 
+async def test_a_process_that_started_beside_a_killed_one_does_not_replace_it() -> None:
+    clock = Clock()
+    store = make_store(clock)
+    started = time.time() - 3.0
+    for name in ("killed", "beside"):
+        await write(store, name, started=started)
+    clock.ahead = 20.0
+    await write(store, "beside", started=started)
+    assert await states(store, clock) == {"killed": True, "beside": False}
+
+
 async def test_a_report_that_cannot_be_read_is_left_out() -> None:
     clock = Clock()
     store = make_store(clock)
