@@ -62,7 +62,7 @@ async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_sp
     objects = [generated_object(str(number), 60 * KIB + number % 7 * 40 * KIB) for number in range(1500)]
     fleet.publish(objects)
     ids, limit = zipf([item.object_id for item in objects], 10_000), 120 * MIB
-    await fleet.up(3, limit // 3)
+    await fleet.up(3, limit // 3, most=1.01)
     await browse(fleet, 3, ids)
     together = fleet.far_bytes()
     for cell in fleet.cells:
@@ -79,9 +79,8 @@ async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_sp
             cell.kill_all()
     single = fleet.far_bytes(begun)
     report(f"far bytes: {together} by three cells, {single} by one node, {together / single:.3f}")
-    # Even with evictions at ideal moments it is 0.99 to 1.02, since ports are by chance, and homes by ports. Nodes that
-    # know nothing of each other need 1.3 times as much.
-    assert together <= 1.10 * single
+    # Nodes that know nothing of each other need 1.3 times as much.
+    assert together <= 1.05 * single
 
 
 TWO_COPIES = {
@@ -103,7 +102,7 @@ async def test_a_killed_cell_costs_nothing_but_the_connections_to_it(
     asked for while its home is away comes from the source."""
     objects = [generated_object(str(number), 300 * KIB) for number in range(120)]
     fleet.publish(objects)
-    await fleet.up(3, 1 << 30, DISTRIBUTOR_PEERS__PROBE_INTERVAL="0.5", **settings)
+    await fleet.up(3, 1 << 30, None, DISTRIBUTOR_PEERS__PROBE_INTERVAL="0.5", **settings)
     ids, seeds = [item.object_id for item in objects], count(1)
 
     def twice_stored() -> list[str]:
