@@ -109,7 +109,7 @@ class Fleet:
             }
 
     def draw_ports(self, most: float) -> None:
-        """Give the cells, which are not started, ports with which none is the home of more than `most` × the mean bytes.
+        """Give the cells, which are not started, ports with which no home has more bytes than `most` × the mean.
 
         Homes follow from ports: chance makes them unequal by several percent where objects are few.
         """
