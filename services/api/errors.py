@@ -8,6 +8,9 @@ RETRY_LATER: Mapping[str, str] = {"Retry-After": "5"}
 """Headers of a 503 that is expected to be short. Seconds."""
 
 
+NOT_CACHED = "not_cached"
+"""`kind` of the error for what only-if-cached asked for and is not here. Nodes of a fleet ask each other so."""
+
 RETRY_SOON: Mapping[str, str] = {"Retry-After": "2"}
 """Headers of a 503 for load alone (seconds)."""
 

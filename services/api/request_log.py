@@ -50,6 +50,9 @@ class RequestRecord:
     size: int | None = None  # bytes of the whole object, if known
     range_start: int | None = None  # first byte of a 206 within the object
     abort_reason: str | None = None  # why the response ended early
+    absent: bool = (
+        False  # only what is cached was wanted (only-if-cached), and it is not: no error of the node
+    )
     recorded: bool = False
     logged: bool = True  # as an event; otherwise an access log or nothing has it
     log_hits: bool = False  # hits are logged, too
@@ -119,7 +122,8 @@ def count_and_log(
     record: RequestRecord, status: int, *, cache: str | None, source: str | None, sent: int
 ) -> None:
     """Count and log one request. `cache`: hit, pending, miss or None. `source`: local, external or None."""
-    REQUESTS.labels(method=method_label(record.method), status=str(status), cache=cache or "none").inc()
+    result = "absent" if record.absent else cache or "none"
+    REQUESTS.labels(method=method_label(record.method), status=str(status), cache=result).inc()
     if record.logged and (
         cache != "hit" or record.log_hits or record.abort_reason is not None or status >= _CLIENT_ERROR
     ):

@@ -35,7 +35,7 @@ from sanic.router import Router
 from sanic_routing.route import Route
 
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
+from distributor_node.services.api.errors import NOT_CACHED, RETRY_LATER, AbortResponse, HttpError
 from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN, preflight_headers
 from distributor_node.services.api.protocol import ApiHttp, came_to_peer_port
 from distributor_node.services.api.request_log import (
@@ -287,6 +287,8 @@ class JsonErrorHandler(ErrorHandler):
 
 def render_error(request: Request, error: HttpError) -> HTTPResponse:
     """Return `{"type": …, "message": …}`, not cacheable. Sanic leaves the body out of a response to HEAD."""
+    if error.kind == NOT_CACHED:
+        request_record(request).absent = True
     body = {"type": error.kind, "message": error.message} if error.kind else {"message": error.message}
     usual = ASSET if request.path.startswith(ASSETS) else CROSS_ORIGIN
     headers = {**usual, "Cache-Control": CACHE_ERROR, **error.headers}

@@ -106,7 +106,8 @@ PEER_COPIES = Counter(
 # Requests (API)
 REQUESTS = Counter(
     "distributor_requests_total",
-    "HTTP requests by method, status and cache result (hit, pending, miss, none).",
+    "HTTP requests by method, status and cache result: hit, pending, miss, none; absent: only what is cached was"
+    " wanted, and it is not.",
     ["method", "status", "cache"],
 )
 REQUESTS_IN_PROGRESS = Gauge(
@@ -529,7 +530,7 @@ MAX_REPORTED_SOURCES = 50
 def counted_here() -> dict[str, Any]:
     """Return counters of this process alone, as JSON: also of one worker among several.
 
-    requests      GETs of assets by cache result, and `error` for answers of 500 and above
+    requests      GETs of assets by cache result, and `error` for answers of 500 and above, but for `absent` ones
     sent          bytes by source: local, external
     fetched       bytes received from sources
     first_byte    observations in each bucket of FIRST_BYTE_BOUNDS, not cumulative
@@ -539,7 +540,7 @@ def counted_here() -> dict[str, Any]:
     """
     requests = dict.fromkeys((*_RESULTS, "error"), 0.0)
     for labels, value in _samples(REQUESTS):
-        if labels["status"] >= "500":
+        if labels["status"] >= "500" and labels["cache"] != "absent":
             requests["error"] += value
         elif labels["method"] == "GET" and labels["cache"] in _RESULTS:
             requests[labels["cache"]] += value

@@ -185,12 +185,17 @@ def _unknown(name: str, known: Mapping[str, tuple[str, FieldInfo]]) -> str:
 
 
 def _parse(text: str, setting: FieldInfo) -> Any:
-    """Lists are JSON, or separated by commas. All else is left to the setting's type. Raises ValueError."""
+    """Lists are JSON, or separated by commas. Names with values are JSON. All else is left to the setting's type.
+
+    Raises ValueError.
+    """
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("expected UTF-8")
+    stripped = text.strip()
+    if get_origin(setting.annotation) is dict:
+        return _parse_object(stripped)
     if not _is_list(setting):
         return text
-    stripped = text.strip()
     if stripped.startswith("["):
         try:
             return json.loads(stripped)
@@ -201,6 +206,16 @@ def _parse(text: str, setting: FieldInfo) -> Any:
     if not stripped:
         raise ValueError("expected a JSON list, or values separated by commas, got ''")
     return [item.strip() for item in stripped.split(",")]
+
+
+def _parse_object(text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, got {shown(text)}")
+    return found
 
 
 def _is_list(setting: FieldInfo) -> bool:
@@ -303,6 +318,9 @@ def _explain_one(wrong: ErrorDetails, variables: Mapping[str, str]) -> str:
     if wrong["type"] == "extra_forbidden":
         return f"{path}: unknown setting{nearest(path, known)}"
     setting_path = path.partition("[")[0]
+    for name, one in known.items():
+        if get_origin(one.annotation) is dict and path.startswith(f"{name}."):
+            setting_path = name  # the rest of the path is a name that the operator chose
     setting = known.get(setting_path)
     if setting is None and wrong["type"] == "value_error":
         return f"{path}: {wrong['msg'].removeprefix('Value error, ')}"

@@ -22,6 +22,7 @@ from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import MIB, generated_object
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.browser.chromium import Browser, find_chromium, running_browser
+from tests.browser.page import AXE, reached_by_keyboard, serious_findings, take_screenshots
 from tests.end_to_end.client import get
 from tests.end_to_end.stack import Stack
 from tests.servers.redis_server import free_port
@@ -29,8 +30,6 @@ from tests.waiting import eventually
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(300)]
 
-BUILD = Path(__file__).parents[2] / "build"
-AXE = BUILD / "browser" / "node_modules" / "axe-core" / "axe.min.js"
 FILES = Match(endpoint="files", method="GET")
 FILM = "7001"
 PICTURES = [generated_object(str(number), MIB // 2) for number in range(1, 120)]
@@ -154,7 +153,7 @@ async def test_the_line_of_a_killed_fetcher_is_red_within_ten_seconds_and_green_
     silent = int(line.rpartition("(")[2].partition(" s)")[0])
     assert silent <= 10, line
     assert "wrong" in await world.browser.evaluate("document.querySelector('#components .wrong').className")
-    findings = await serious_findings(world) if AXE.exists() else []
+    findings = await serious_findings(world.browser) if AXE.exists() else []
     world.stack.processes.remove(fetcher)
     world.stack.add("fetcher")
     await world.until("!document.querySelector('.wrong')", "green again")
@@ -179,12 +178,7 @@ async def test_the_page_says_so_when_the_node_is_gone_and_comes_back(world: Worl
 
 
 async def screenshots(world: World) -> None:
-    """Nothing is wider than the window, in any width."""
-    for width in (390, 1280, 1600):
-        for scheme in ("light", "dark"):
-            await world.browser.screenshot(BUILD / "dashboard" / f"{width}-{scheme}.png", width, scheme)
-            overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-            assert await world.browser.evaluate(overflow) <= 0, width
+    await take_screenshots(world.browser)
     await world.browser.set_window(1280, reduced_motion=True)
     moving = "getComputedStyle(document.querySelector('#downloads .viewer')).transitionDuration"
     assert await world.browser.evaluate(moving) == "0s"
@@ -195,32 +189,5 @@ async def check_accessibility(world: World) -> None:
     """No serious finding of axe-core, and the keyboard reaches what can be used."""
     if not AXE.exists():
         pytest.skip("axe-core is not installed: `make test-browser` installs it")
-    assert await serious_findings(world) == []
-    reached = []
-    for _ in range(8):
-        for kind in ("keyDown", "keyUp"):
-            await world.browser.call(
-                "Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9
-            )
-        reached.append(
-            await world.browser.evaluate("document.activeElement.id || document.activeElement.tagName")
-        )
-    assert {"object", "BUTTON", "sources"} <= set(reached)
-
-
-async def serious_findings(world: World) -> list[object]:
-    """Of axe-core, in either colour scheme."""
-    await world.browser.evaluate(AXE.read_text() + "; undefined")
-    found: list[object] = []
-    for scheme in ("light", "dark"):
-        await world.browser.set_window(1280, scheme, reduced_motion=True)
-        violations = await world.browser.evaluate(
-            "axe.run().then((results) => JSON.stringify(results.violations))"
-        )
-        found += [
-            (scheme, one["id"], one["help"], [node["html"][:200] for node in one["nodes"][:3]])
-            for one in json.loads(violations)
-            if one["impact"] in ("serious", "critical")
-        ]
-    await world.browser.set_window(1280)
-    return found
+    assert await serious_findings(world.browser) == []
+    assert {"object", "BUTTON", "sources"} <= set(await reached_by_keyboard(world.browser, 8))

@@ -161,7 +161,7 @@ def test_more_cells_know_each_other() -> None:
     found = rendered("media", *CELLS, "--set", "cells.count=5")
     given = settings_of(found, "distributor-fleet-settings")
     rules = load_settings(
-        None, given | {"DISTRIBUTOR_PEERS__OWN_URL": "http://distributor-cell-4.distributor-cells:3334"}
+        None, given | {"DISTRIBUTOR_PEERS__OWN_URL": "http://distributor-cell-4.distributor-cells:3337"}
     ).peers.rules
     assert rules is not None
     assert len(rules.urls) == found["StatefulSet", "distributor-cell"]["spec"]["replicas"] == 5

@@ -21,6 +21,7 @@ CELLS = next(one for one in RESOURCES if one["kind"] == "StatefulSet")
 POD: dict[str, Any] = CELLS["spec"]["template"]["spec"]
 CONTAINERS: dict[str, dict[str, Any]] = {one["name"]: one for one in POD["containers"]}
 COMPONENTS = ("api", "fetcher", "evictor")
+PEERS_PORT = 3337
 
 
 def service(name: str) -> dict[str, Any]:
@@ -43,12 +44,29 @@ def test_each_cell_is_one_of_the_peers_by_a_name_that_stays() -> None:
     name, governing = CELLS["metadata"]["name"], CELLS["spec"]["serviceName"]
     assert service(governing)["spec"]["clusterIP"] == "None"
     assert service(governing)["spec"]["publishNotReadyAddresses"] is True
-    known = [f"http://{name}-{number}.{governing}:3334" for number in range(count)]
+    known = [f"http://{name}-{number}.{governing}:{PEERS_PORT}" for number in range(count)]
     for number in range(count):
         rules = settings_of(f"{name}-{number}").peers.rules
         assert rules is not None
         assert rules.own == known[number]
         assert sorted(rules.urls) == known
+
+
+def test_cells_ask_each_other_at_a_port_that_no_client_reaches() -> None:
+    settings = settings_of("distributor-cell-0")
+    assert settings.peers.port == PEERS_PORT != settings.public_api.port
+    ports = {one["name"]: one["containerPort"] for one in CONTAINERS["api"]["ports"]}
+    assert (ports["http"], ports["peers"]) == (settings.public_api.port, PEERS_PORT)
+    assert service("distributor-cells")["spec"]["ports"] == [
+        {"name": "peers", "port": PEERS_PORT, "targetPort": "peers"}
+    ]
+    assert {one["targetPort"] for one in service("distributor-fleet")["spec"]["ports"]} == {"http"}
+    ingress = yaml.safe_load((FOLDER / "network-policies.yaml").read_text())["spec"]["ingress"]
+    (rule,) = [one for one in ingress if "peers" in [port["port"] for port in one["ports"]]]
+    assert rule == {
+        "from": [{"podSelector": {"matchLabels": CELLS["spec"]["selector"]["matchLabels"]}}],
+        "ports": [{"protocol": "TCP", "port": "peers"}],
+    }
 
 
 def test_cells_that_share_redis_and_rabbitmq_do_not_share_keys_and_queues() -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.domain.peers import Ring
 from tests.end_to_end.client import get
 from tests.end_to_end.stack import Stack, write_manifest
+from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
 KIB = 1024
@@ -106,8 +108,28 @@ class Fleet:
                 **settings,
             }
 
-    async def up(self, number: int, limit: int = 1 << 30, **settings: str) -> None:
+    def draw_ports(self, most: float) -> None:
+        """Give the cells, which are not started, ports with which no home has more bytes than `most` × the mean.
+
+        Homes follow from ports: chance makes them unequal by several percent where objects are few.
+        """
+        total = sum(item.size for item in self.objects)
+        for _ in range(1000):
+            homed: Counter[int] = Counter()
+            for item in self.objects:
+                homed[self.home(item.object_id)] += item.size
+            if max(homed.values()) * len(self.cells) <= most * total:
+                return
+            for cell in self.cells:
+                cell.port = free_port()
+                cell.environment["DISTRIBUTOR_PUBLIC_API__PORT"] = str(cell.port)
+        raise AssertionError(f"no ports with which each cell has at most {most} × the mean")
+
+    async def up(self, number: int, limit: int = 1 << 30, most: float | None = None, **settings: str) -> None:
+        """`most`: see `draw_ports`."""
         cells = [self.new_cell(limit) for _ in range(number)]
+        if most is not None:
+            self.draw_ports(most)
         if number > 1:
             self.join(cells, **settings)
         await asyncio.gather(*(cell.up() for cell in cells))
@@ -125,6 +147,11 @@ class Fleet:
         for number in numbers:
             url = self.cells[number].url(object_id)
             await eventually(lambda url=url: _is_known(url))  # type: ignore[misc]
+
+    async def knows_all(self, numbers: Sequence[int]) -> bool:
+        """Whether each of these cells finds all others alive."""
+        pages = [await self.cells[number].status() for number in numbers]
+        return all(len(page["peers"]["alive"]) == len(self.cells) - 1 for page in pages)
 
     async def ask(self, number: int, object_id: str) -> bool:
         """Whether the whole object came. A wrong byte fails the test."""

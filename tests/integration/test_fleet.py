@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,7 +24,9 @@ from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.domain.peers import Ring, sign_hop
-from tests.end_to_end.client import get
+from distributor_node.shared.observability.metrics import counted_here
+from tests.counters import counted
+from tests.end_to_end.client import Answer, get
 from tests.integration.fleet_harness import PATIENT, Fleet, as_peer, is_whole, start_all
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
@@ -335,6 +339,39 @@ async def test_a_node_that_its_peers_cannot_reach_serves_and_they_do_without_it(
     await eventually(with_it)
 
 
+async def test_a_hit_at_a_node_of_a_fleet_calls_what_it_calls_at_a_node_by_itself(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 50_000)
+    fleet.publish(item)
+    await fleet.start(fleet.bases[0], probe_interval=3600, copies=2)
+    await fleet.start(fleet.bases[1], urls=(), copies=1)  # in no fleet
+    calls: list[Counter[str]] = []
+    for base in fleet.bases[:2]:
+        assert is_whole(await fleet.get(base, item.object_id), item)
+        await eventually(lambda base=base: fleet.stored(base, item.object_id))  # type: ignore[misc]
+        for _ in range(3):
+            assert (await fleet.get(base, item.object_id)).headers["x-cache"] == "hit"
+        calls.append(await calls_of(fleet.get(base, item.object_id)))
+    assert calls[0] == calls[1]
+    assert calls[0].total() > 5
+
+
+async def calls_of(request: Awaitable[Answer]) -> Counter[str]:
+    """The functions of the fast path and of the fleet that are called in this thread until the answer is there."""
+    counted: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and ("/fast_path/" in code.co_filename or code.co_filename.endswith("/peers.py")):
+            counted[code.co_qualname] += 1
+
+    sys.setprofile(count)
+    try:
+        assert (await request).headers["x-cache"] == "hit"
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
 async def test_a_hop_is_never_forwarded(fleet: Fleet) -> None:
     item = fleet.homed_at(fleet.bases[0], 2 * MIB)
     fleet.publish(item)
@@ -371,17 +408,18 @@ async def test_the_nodes_page_shows_the_ring_and_what_came_from_each_node(fleet:
     port = free_port()
     await fleet.start(other, weights=weights, probe_interval=0.2)
     fleet.waits["dashboard"] = {"port": port}
-    await fleet.start(own, weights=weights, probe_interval=0.2)
-    assert is_whole(await fleet.get(own, item.object_id), item)
+    await fleet.start(own, weights=weights, probe_interval=0.2, hot_views=1000)
     shown: dict[str, Any] = {}
 
     async def complete() -> bool:
+        # On a busy machine a peer may be late, and the source is asked instead: so more than once.
+        assert is_whole(await fleet.get(own, item.object_id), item)
         shown.update((await get(f"http://127.0.0.1:{port}/snapshot.json")).json())
         nodes = shown["fleet"]["nodes"]
         received: float = sum(node["bytes"] for node in nodes)
         return sum(node["alive"] for node in nodes) == 2 and received >= item.size
 
-    await eventually(complete)
+    await eventually(complete, pause=0.2)
     nodes = {f"http://{node['name']}": node for node in shown["fleet"]["nodes"]}
     assert {name: (node["own"], node["alive"], node["share"]) for name, node in nodes.items()} == {
         own: (True, True, 0.25),
@@ -391,6 +429,52 @@ async def test_the_nodes_page_shows_the_ring_and_what_came_from_each_node(fleet:
     assert nodes[other]["bytes"] >= item.size > nodes[gone]["bytes"] == 0
     sources = {source["name"] for source in shown["sources"]}
     assert not sources & {node["name"] for node in shown["fleet"]["nodes"]}
+
+
+async def test_metrics_tell_of_members_hops_and_bytes(fleet: Fleet) -> None:
+    """The nodes of this process count together."""
+    item = fleet.homed_at(fleet.bases[1], 2 * MIB)
+    fleet.publish(item)
+    await start_all(fleet, hot_views=1000, probe_interval=3600, handover=0)
+    home, other, third = fleet.in_order(item.object_id)
+    results = ("hit", "fetched", "absent", "failed")
+
+    def hops() -> list[float]:
+        return [counted("distributor_peer_requests_total", result=result) for result in results]
+
+    before, peer = hops(), home.removeprefix("http://")
+    received = counted("distributor_peer_bytes_total", peer=peer)
+    waits = counted("distributor_peer_latency_seconds_count")
+    asked = counted("distributor_peer_asked_total", sender="peer")
+    assert is_whole(await fleet.get(other, item.object_id), item)
+    await eventually(lambda: fleet.stored(home, item.object_id))
+    await eventually(lambda: hops()[1] == before[1] + 1)
+    assert is_whole(await fleet.get(third, item.object_id), item)
+    await eventually(lambda: hops() == [before[0] + 1, before[1] + 1, *before[2:]])
+    await eventually(lambda: counted("distributor_peer_bytes_total", peer=peer) >= received + 2 * item.size)
+    assert counted("distributor_peer_latency_seconds_count") >= waits + 2
+    assert counted("distributor_peer_asked_total", sender="peer") >= asked + 1
+    assert counted("distributor_peers_alive") == 2
+    assert counted("distributor_peers_not_alive") == 0
+
+
+async def test_what_a_node_does_not_have_is_no_error_of_it(fleet: Fleet) -> None:
+    """After a start, homes ask the former ones for what they have: a day of alerts otherwise."""
+    item = fleet.homed_at(fleet.bases[0], 50_000)
+    fleet.publish(item)
+    await fleet.start(fleet.bases[0], probe_interval=3600)
+    absent = counted("distributor_requests_total", method="GET", status="504", cache="absent")
+    others = counted("distributor_requests_total", method="GET", status="504", cache="none")
+    errors = counted_here()["requests"]["error"]
+    status, _ = await fleet.hop(fleet.bases[0], item.object_id, **{"Cache-Control": "only-if-cached"})
+    assert status == 504
+    await eventually(
+        lambda: (
+            counted("distributor_requests_total", method="GET", status="504", cache="absent") == absent + 1
+        )
+    )
+    assert counted("distributor_requests_total", method="GET", status="504", cache="none") == others
+    assert counted_here()["requests"]["error"] == errors
 
 
 def with_secret(fleet: Fleet) -> tuple[bytes, Path]:
@@ -547,6 +631,7 @@ async def beside_a_liar(
         Fault(omit_content_length=True, body_delta=-7),
         Fault(cut_after=700_000),
         Fault(hang_after=700_000),
+        Fault(drip_after=700_000, drip_bytes_per_second=1000),
         Fault(hang_before_headers=True),
         Fault(status=500),
         Fault(status=404),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +36,7 @@ from distributor_node.shared.domain.peers import (
     verify_hop,
 )
 from distributor_node.shared.settings.peers import PeerSettings
+from tests.waiting import eventually
 
 OBJECTS = [str(number) for number in range(2000)]
 A, B, C, D = (f"http://cell-{letter}:3334" for letter in "abcd")
@@ -459,6 +462,26 @@ async def test_each_address_of_a_name_is_a_node() -> None:
     before = peers.alive
     await peers._resolve("no-such-name.invalid:3334")
     assert peers.alive == before
+
+
+async def test_the_addresses_of_a_name_are_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = [
+        ["127.0.0.1", "127.0.0.2"],
+        ["127.0.0.1", "127.0.0.2", "127.0.0.3"],
+        ["127.0.0.1", "127.0.0.3"],
+    ]
+
+    async def look_up(*_: object, **__: object) -> list[tuple[Any, ...]]:
+        found = addresses.pop(0) if len(addresses) > 1 else addresses[0]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 3334)) for address in found]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
+    rules = FleetRules(
+        own="http://127.0.0.1:3334", dns="cells:3334", refresh_interval=0.02, probe_interval=3600
+    )
+    async with Peers(rules, SourceLimits(), lambda _: False) as peers:
+        assert peers.alive == {"http://127.0.0.2:3334"}
+        await eventually(lambda: peers.known == {"http://127.0.0.3:3334"})
 
 
 # Settings

@@ -122,6 +122,14 @@ def test_a_wrong_file_is_a_sentence_that_names_the_setting(text: str, told: str,
     assert SECRET[:7] not in message
 
 
+def test_weights_of_peers_can_be_given_by_a_variable() -> None:
+    given = {"DISTRIBUTOR_PEERS__WEIGHTS": '{"http://cell-a:3334/": 2, "http://cell-b:3334": 0.5}'}
+    assert load_settings(None, VALID | given).peers.weights == {
+        "http://cell-a:3334": 2.0,
+        "http://cell-b:3334": 0.5,
+    }
+
+
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
@@ -129,6 +137,9 @@ def test_a_wrong_file_is_a_sentence_that_names_the_setting(text: str, told: str,
         ({"BUCKETS": ""}, "BUCKETS: expected a JSON list, or values separated by commas, got ''"),
         ({"BUCKETS": "[0:1]"}, "BUCKETS: expected a JSON list, or values separated by commas, got '[0:1]'"),
         ({"BUCKETS": "[" * 100_000}, "BUCKETS: expected a JSON list"),
+        ({"PEERS__WEIGHTS": "http://a=2"}, "PEERS__WEIGHTS: expected a JSON object, got 'http://a=2'"),
+        ({"PEERS__WEIGHTS": "[2]"}, "PEERS__WEIGHTS: expected a JSON object, got '[2]'"),
+        ({"PEERS__WEIGHTS": '{"http://a": "x"}'}, "peers.weights.http://a (DISTRIBUTOR_PEERS__WEIGHTS): expected a "),
         ({"JOB_QUEUE__RETRY_DELAYS": "5,soon"}, "job_queue.retry_delays[1] (DISTRIBUTOR_JOB_QUEUE__RETRY"),
         ({"WORKER_ID": ""}, "worker_id (DISTRIBUTOR_WORKER_ID): expected a whole number, got ''"),
         ({"ID": "a\udcff"}, "ID: expected UTF-8"),
@@ -347,5 +358,5 @@ def test_no_environment_leads_to_a_traceback_or_shows_a_secret(
 
 def test_every_setting_can_be_given_by_its_variable() -> None:
     for path in all_settings():
-        environment = read_environment({variable_of(path): "1"})
+        environment = read_environment({variable_of(path): "{}" if path == "peers.weights" else "1"})
         assert (environment.problems, environment.variables) == ([], {path: variable_of(path)})

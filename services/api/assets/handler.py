@@ -27,7 +27,7 @@ from distributor_node.services.api.assets.response import (
 )
 from distributor_node.services.api.assets.revalidation import Revalidator, Validation
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.errors import HttpError
+from distributor_node.services.api.errors import NOT_CACHED, HttpError
 from distributor_node.services.api.headers import (
     BYPASS,
     HIT,
@@ -111,7 +111,7 @@ class AssetHandler:
         if asset_request.only_if_cached:
             if self._peers is not None and hop == HOP_COPY and not asset_request.is_head:
                 await self._miss_handler.take_copy(self._peers, object_id, response)
-            raise HttpError(504, "The object is not cached", "not_cached")
+            raise HttpError(504, "The object is not cached", NOT_CACHED)
         if self._peers is not None and hop is not None:
             response.hop = sender_of(self._peers, request, object_id, hop)
             PEER_ASKED.labels(sender=response.hop).inc()

@@ -22,7 +22,7 @@ import structlog
 from distributor_node.services.api.assets.decision import AssetRequest, freshness_in_use, live_fetch
 from distributor_node.services.api.assets.fetch_start import FetchStarter
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.errors import HttpError
+from distributor_node.services.api.errors import NOT_CACHED, HttpError
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.http_caching import Use
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
@@ -84,7 +84,7 @@ class Revalidator:
             only_if_cached=asset_request.only_if_cached,
         )
         if use is Use.REFUSE:
-            raise HttpError(504, "The object is stale, and only a cached one was wanted", "not_cached")
+            raise HttpError(504, "The object is stale, and only a cached one was wanted", NOT_CACHED)
         if use is Use.STALE:
             self._start(record, request_id)
         return use is not Use.REVALIDATE

@@ -278,14 +278,23 @@ function sources(list) {
 
 // The fleet: which node is the home of how many objects, and what came from each
 
+const RING_COLOURS = 6;
+/** The class of each node's colour. Neighbours differ, and a node keeps its colour while others come and go. */
+function colours(nodes) {
+  const own = nodes.findIndex((one) => one.own);
+  return new Map(nodes.map((one, place) =>
+    [one.name, one.own ? "node-own" : `node-${((place - own - 1 + nodes.length) % nodes.length) % RING_COLOURS}`]));
+}
+
 /** One arc for each node alive, as long as its share of the objects. */
-function ring(nodes) {
+function ring(nodes, colour) {
   const radius = 44, around = 2 * Math.PI * radius, gap = nodes.length > 1 ? 2 : 0;
   let before = 0;
-  const arcs = nodes.map((one, place) => {
+  const arcs = nodes.map((one) => {
     const length = Math.max(1, around * one.share - gap);
-    const arc = drawing("circle", { class: one.own ? "arc own" : `arc arc-${place % 3}`, cx: 60, cy: 60, r: radius,
-      "stroke-dasharray": `${length} ${around - length}`, "stroke-dashoffset": -around * before, transform: "rotate(-90 60 60)" });
+    const arc = drawing("circle", { class: `arc ${colour.get(one.name)}`, cx: 60, cy: 60, r: radius,
+      "stroke-dasharray": `${length} ${around - length}`, "stroke-dashoffset": -around * before, transform: "rotate(-90 60 60)" },
+      drawing("title", {}, `${one.name}: ${percentOf(one.share)}`));
     before += one.share;
     return arc;
   });
@@ -295,14 +304,16 @@ function ring(nodes) {
 const percentOf = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
 
 function fleet(found) {
-  const alive = found.nodes.filter((one) => one.alive), head = (words, kind = "") => make("th", { scope: "col", class: kind }, words);
-  return make("div", { class: "fleet" }, ring(alive), make("table", { class: "table" },
+  const alive = found.nodes.filter((one) => one.alive), colour = colours(found.nodes), head = (words, kind = "") => make("th", { scope: "col", class: kind }, words);
+  return make("div", { class: "fleet" }, ring(alive, colour), make("table", { class: "table" },
     make("caption", { class: "hidden" }, "The nodes of the fleet, as this node sees them"),
-    make("thead", {}, make("tr", {}, head("Node"), head("State"), head("Weight", "number"), head("Home of", "number"), head("Received from it", "number"))),
+    make("thead", {}, make("tr", {}, head("Node"), head("State"), head("Home of", "number"), head("Received from it", "number"), head("Weight", "number"))),
     make("tbody", {}, found.nodes.map((one) => make("tr", {},
-      make("th", { scope: "row", class: "mono" }, one.name), make("td", { class: one.alive ? "good" : "bad" }, one.own ? "this node" : one.alive ? "alive" : "not alive"),
-      make("td", { class: "number" }, String(one.weight)), make("td", { class: "number" }, one.alive ? percentOf(one.share) : "nothing"),
-      make("td", { class: "number" }, one.own ? "" : one.rate ? `${bytes(one.bytes)} at ${rate(one.rate)}` : bytes(one.bytes)))))));
+      make("th", { scope: "row", class: "mono" }, make("span", { class: one.alive ? `swatch ${colour.get(one.name)}` : "swatch", ariaHidden: "true" }), one.name),
+      make("td", { class: one.alive ? "good" : "bad" }, one.own ? "this node" : one.alive ? "alive" : "not alive"),
+      make("td", { class: "number" }, one.alive ? percentOf(one.share) : "nothing"),
+      make("td", { class: "number" }, one.own ? "" : one.rate ? `${bytes(one.bytes)} at ${rate(one.rate)}` : bytes(one.bytes)),
+      make("td", { class: "number" }, String(one.weight)))))));
 }
 
 // The last hour

@@ -29,9 +29,10 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 {{- if .Values.cells.enabled -}}
 {{- $urls := list -}}
 {{- range until (int .Values.cells.count) -}}
-{{- $urls = append $urls (printf "http://distributor-cell-%d.distributor-cells:3334" .) -}}
+{{- $urls = append $urls (printf "http://distributor-cell-%d.distributor-cells:3337" .) -}}
 {{- end -}}
 {{- $_ := set $all "DISTRIBUTOR_PEERS__URLS" (toJson $urls) -}}
+{{- $_ := set $all "DISTRIBUTOR_PEERS__PORT" "3337" -}}
 {{- $_ := set $all "DISTRIBUTOR_PEERS__SECRET_FILE" "/etc/distributor-fleet/peers-secret" -}}
 {{- $_ := set $all "DISTRIBUTOR_FETCH__CONCURRENCY" .Values.cells.concurrency -}}
 {{- else -}}
@@ -102,12 +103,15 @@ topologySpreadConstraints:
     - name: DISTRIBUTOR_JOB_QUEUE__PREFIX
       value: $(POD_NAME)
     - name: DISTRIBUTOR_PEERS__OWN_URL
-      value: http://$(POD_NAME).distributor-cells:3334
+      value: http://$(POD_NAME).distributor-cells:3337
     {{- end }}
     {{- include "distributor.serverUrls" .root | nindent 4 }}
   ports:
     {{- if eq .component "api" }}
     - {name: http, containerPort: 3334}
+    {{- if .cell }}
+    - {name: peers, containerPort: 3337}
+    {{- end }}
     {{- end }}
     - {name: {{ .metrics }}, containerPort: {{ get $ports .component }}}
   startupProbe:
