@@ -80,6 +80,8 @@ async def test_a_process_that_started_shortly_before_the_last_report_replaces_no
     clock.ahead = 60.0
     await write(store, "beside it", started=started + 1)
     assert await states(store, clock) == {"killed": True, "beside it": False}
+
+
 async def test_a_report_that_cannot_be_read_is_left_out() -> None:
     clock = Clock()
     store = make_store(clock)
