@@ -371,7 +371,7 @@ class EvictionIndex:
         return access.views
 
     def _begins_view(self, object_id: ObjectId, at: float) -> bool:
-        """As ViewCoalescer. The former leader has counted the views that go on at the begin of a term: an access less
+        """As ViewCoalescer. The former leader has counted the views that go on when a term begins: an access less
         than VIEW_WINDOW after the last one that is known of an object belongs to such a view."""
         entry = self.policy.get(object_id) if at < self._inherits_views_until else None
         if entry is not None:
