@@ -272,8 +272,8 @@ class Followers:
 
     viewers: Sequence[Viewer] = ()
     views: int = 0
-    """That have begun within VIEW_BEGINS since the first request of the fetch. They only decide whether the fetch is
-    completed. The policy counts its own (`Fetch.views`), of all requests that were answered."""
+    """That have begun since the first request of the fetch, in the first VIEW_BEGINS bytes. They only decide whether
+    the fetch is completed. The policy counts its own (`Fetch.views`), of all requests that were answered."""
     whole: bool = False  # all of the object was ordered, or it is pinned
     told: bool = False  # a process has told of its clients, be it that there are none
     untold: bool = False  # a process has clients and has not told where: one of the version before
