@@ -99,3 +99,18 @@ def test_a_redis_that_is_just_full_after_a_restart_takes_claims(redis_machine: t
         node.request(ObjectId("1"), False)
     finally:
         node.teardown()
+
+
+@pytest.mark.timeout(120)
+def test_a_purge_waits_for_a_lease_that_a_clock_put_back_has_prolonged(
+    redis_machine: type[RedisNode],
+) -> None:
+    node = redis_machine()
+    try:
+        node.request(ObjectId("4"), False)
+        node.work("die_before_commit", 0.0)
+        node.purge_while_it_is_read(ObjectId("3"))
+        node.work("wrong_bytes", 0.5)
+        node.advance_clock(-3600.0)
+    finally:
+        node.teardown()
