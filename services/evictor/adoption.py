@@ -233,6 +233,7 @@ class PartialReaper:
         self._index = index
         self._resume_grace = _RESUME_FRACTION * space_wait
         self._found: Mapping[ObjectId, FoundPartial] = {}  # as of the last sweep
+        self._parked: Sequence[Fetch] = ()  # when they were last put into the order
 
     async def sweep(self, term: Term, *, measure: bool = False) -> SweepResult:
         """Account for unknown partial files, remove unusable and old ones, and end parked fetches without a file.
@@ -261,32 +262,34 @@ class PartialReaper:
                     await self._reap(term, fetch.object_id, "left_no_file")
                 except VolumeError as error:
                     logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
-        parked = await self._refresh_order()
-        PARTIAL_HELD.set(sum(found[one.object_id].held for one in parked if one.object_id in found))
+        self._refresh_order(await self._state.fetches())
+        PARTIAL_HELD.set(sum(found[one.object_id].held for one in self._parked if one.object_id in found))
         return result
 
     async def prepare(self, term: Term) -> None:
-        """Before objects are evicted: release what parked fetches do not need, and put them into the order."""
-        for fetch in await self._state.fetches():
-            if self._may_shrink(fetch):
-                try:
-                    await self._shrink(term, fetch.object_id)
-                except VolumeError as error:
-                    logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
-        await self._refresh_order()
+        """Before objects are evicted: release what parked fetches do not need, and put them into the order.
 
-    async def _refresh_order(self) -> Sequence[Fetch]:
-        """Let the policy order the partial objects that no worker fetches. Returns all of these.
+        All fetches are read once, and once more if anything was released.
+        """
+        fetches = await self._state.fetches()
+        to_shrink = [fetch.object_id for fetch in fetches if self._may_shrink(fetch)]
+        for object_id in to_shrink:
+            try:
+                await self._shrink(term, object_id)
+            except VolumeError as error:
+                logger.error("partial_unreadable", object_id=object_id, reason=str(error))
+        self._refresh_order(await self._state.fetches() if to_shrink else fetches)
+
+    def _refresh_order(self, fetches: Sequence[Fetch]) -> None:
+        """Let the policy order the partial objects that no worker fetches.
 
         Fetches that were parked a short time ago with the whole reservation are left out: their jobs are on the way to
         another worker.
         """
-        fetches = await self._state.fetches()
-        parked = [fetch for fetch in fetches if fetch.phase is FetchPhase.PARKED]
+        self._parked = [fetch for fetch in fetches if fetch.phase is FetchPhase.PARKED]
         resumed = {fetch.object_id for fetch in fetches if fetch.phase is FetchPhase.FETCHING}
-        left = [self._with_access(fetch) for fetch in parked if self._is_left(fetch)]
+        left = [self._with_access(fetch) for fetch in self._parked if self._is_left(fetch)]
         self._index.set_partials(left, resumed)
-        return parked
 
     def _with_access(self, fetch: Fetch) -> Fetch:
         """The fetch; with the time when its file last grew as its last access, if none was saved."""
@@ -312,17 +315,13 @@ class PartialReaper:
         """Discard parked fetches, longest parked first, until `wanted` bytes are free. Returns the bytes freed.
 
         For passes that find no other victim: those that were viewed a short time ago go, too. Fetches that were parked
-        a short time ago stay: their jobs are on the way to another worker.
+        a short time ago stay: their jobs are on the way to another worker. Call `prepare` in the same pass before: the
+        fetches are those that it has read. Of one that has a worker since the lease cannot be taken.
         """
         if wanted <= 0:
             return 0
-        parked = [
-            fetch
-            for fetch in await self._state.fetches()
-            if fetch.phase is FetchPhase.PARKED and self._is_left(fetch)
-        ]
         freed = 0
-        for fetch in sorted(parked, key=_age, reverse=True):
+        for fetch in sorted(filter(self._is_left, self._parked), key=_age, reverse=True):
             if freed >= wanted:
                 break
             try:

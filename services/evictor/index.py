@@ -23,7 +23,7 @@ from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import EvictionPolicy, Gdsf, PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.eviction.policy import NO_BASIS
 from distributor_node.shared.domain.objects import CompactIdSet, ObjectId
-from distributor_node.shared.domain.space import RECORD_BYTES, ViewCoalescer
+from distributor_node.shared.domain.space import RECORD_BYTES, VIEW_WINDOW, ViewCoalescer
 from distributor_node.shared.observability.metrics import REFETCHED_AFTER_EVICTION
 from distributor_node.shared.ports.state_store import (
     ACCESS_TIME_RESOLUTION,
@@ -75,6 +75,7 @@ class EvictionIndex:
         self._dirty: set[ObjectId] = set()  # changed since the last save
         self._changed: set[ObjectId] = set()  # announced, perhaps complete now
         self._views = ViewCoalescer()
+        self._inherits_views_until = 0.0  # POSIX seconds; see `_begins_view`
         self._partials: set[ObjectId] = set()  # of the objects in the policy
         self._translated = False  # the priorities in the store were given by another version, policy or c0
         # Views and last access of objects that are neither complete nor parked, those viewed last
@@ -104,6 +105,7 @@ class EvictionIndex:
             await self._compare()
             self.policy.end_restore()
             self._position = self._saved_position = state.position
+            self._inherits_views_until = self._clock() + VIEW_WINDOW
             self._dirty.clear()
             self._former_basis, self._translated = None, False
             current = self.policy.basis
@@ -217,9 +219,10 @@ class EvictionIndex:
         """
         present, now = {fetch.object_id for fetch in parked}, self._clock()
         for object_id in self._partials - present:
+            begins_view = object_id in resumed and self._begins_view(object_id, now)
             self._remember_views(object_id)
             self._forget(object_id)
-            if object_id in resumed and self._views.begins_view(object_id, now):
+            if begins_view:
                 self._count_unstored(object_id, 1, now)
         for fetch in parked:
             object_id, size = fetch.object_id, max(0, fetch.reserved - RECORD_BYTES)
@@ -365,9 +368,17 @@ class EvictionIndex:
 
     def _further_views(self, access: Access, at: float) -> int:
         """Views that this access adds. Several API processes may report requests of one and the same view."""
-        if access.views == 1 and not self._views.begins_view(access.object_id, at):
+        if access.views == 1 and not self._begins_view(access.object_id, at):
             return 0
         return access.views
+
+    def _begins_view(self, object_id: ObjectId, at: float) -> bool:
+        """As ViewCoalescer. The former leader has counted the views that go on when a term begins: an access less
+        than VIEW_WINDOW after the last one that is known of an object belongs to such a view."""
+        entry = self.policy.get(object_id) if at < self._inherits_views_until else None
+        if entry is not None:
+            self._views.continue_view(object_id, entry.last_access)
+        return self._views.begins_view(object_id, at)
 
     def _find(self, object_ids: list[ObjectId]) -> list[FoundObject]:
         """The files that can be read: one that cannot must not keep the others waiting."""

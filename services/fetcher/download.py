@@ -129,7 +129,7 @@ class Download:
             AllSourcesFailed: the received bytes are kept.
             AllSourcesCorrupt: the file is empty again.
             LeaseLost: nothing was written after the loss.
-            FetchPaused: there were no viewers for long. The received bytes are kept.
+            FetchPaused: there were no viewers for long, or others need its place. The received bytes are kept.
             VolumeError
         """
         groups: SourceGroups = (self._object.sources,)

@@ -507,7 +507,11 @@ class FailureRecorder:
 
 
 class DeadLetterHandler:
-    """The job queue's dead-letter callback: records the failure, deletes the partial file, releases its space."""
+    """The job queue's dead-letter callback: records the failure, deletes the partial file, releases its space.
+
+    A partial object that was parked with no more than it holds stays: its job has found no room for the rest, and says
+    nothing against these bytes. The evictor keeps it in its order, and the next job continues it.
+    """
 
     def __init__(
         self, state: StateStore, volume: Volume, disk: BlockingPool, worker: str, failure_memory: float
@@ -528,15 +532,17 @@ class DeadLetterHandler:
                 known = (await self._state.find(job.object_id)).failure
                 cause = known.cause if known is not None and known.reason == reason else FailureCause.OTHER
                 await self._state.record_failure(job.object_id, reason, self._failure_memory, cause)
+                # Of a job that never began. It would count as waiting until it counts as lost.
+                await self._state.release_claim(job.object_id, None)
                 await self._remove_partial(job.object_id)
             except (StateStoreUnavailable, VolumeError) as error:
                 logger.warning("dead_letter_cleanup_failed", reason=str(error))
 
     async def _remove_partial(self, object_id: ObjectId) -> None:
-        """Delete a parked partial file under a lease of its own."""
+        """Delete a parked partial file under a lease of its own, unless there was no room to continue it."""
         fetch = (await self._state.find(object_id)).fetch
         sidecar = await self._disk.run(self._volume.partial_record, object_id)
-        if fetch is None or fetch.phase is not FetchPhase.PARKED or sidecar is None:
+        if fetch is None or fetch.phase is not FetchPhase.PARKED or fetch.is_shrunk or sidecar is None:
             return
         result = await self._state.begin(object_id, fetch.size, self._worker)
         if not isinstance(result, Granted):

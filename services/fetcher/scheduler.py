@@ -11,6 +11,8 @@ were published. A held job is an unacknowledged message, so it is redelivered if
    jobs: their source may have a free slot.
 5. A download that waits for its viewers has no slot. It takes one again without waiting when a viewer needs it. When
    too many downloads wait like that, the one that has waited for longest is asked to end: its message is held, too.
+6. A download that waits keeps room for its whole object. While another object needs that room, and the evictor finds no
+   other, those that have waited for longest are asked to end: as many as are needed.
 """
 
 from __future__ import annotations
@@ -42,6 +44,12 @@ _WAITING_PER_SLOT, _MIN_WAITING = 3, 8
 _SPILL_AT = 0.75  # share of the jobs that may wait at which the last ones are delayed
 _MAX_SPILLED = 16  # in one interval
 _MAX_REPORTED_SOURCES = 100
+
+EVICTION_TIME = 1.0
+"""Seconds that the evictor has to make room before paused downloads are asked to end for it."""
+MIN_STAY = 5.0
+"""Seconds that a download keeps its room at least: two objects that do not fit together would take turns all the
+time, each with another request to its source."""
 
 RankSources = Callable[[MediaObject], Sequence[str]]
 """Returns the URLs of the sources that are worth a download now, best first."""
@@ -87,7 +95,9 @@ class Slot:
         self._counts = counts
         self._on_paused = on_paused
         self.url = url
+        self.granted_at = float("-inf")  # on the scheduler's clock
         self.paused = False
+        self.spare = 0  # while it is paused: bytes that are reserved beyond those on the volume
         self.is_displaced = False  # paused, and asked to end
         self._count(url, 1)
 
@@ -97,9 +107,13 @@ class Slot:
         self.url = url
         self._count(url, 1)
 
-    def pause(self) -> None:
-        """Leave the slot to others. The source keeps the connection, on which it sends nothing."""
+    def pause(self, spare: int = 0) -> None:
+        """Leave the slot to others. The source keeps the connection, on which it sends nothing.
+
+        `spare`: bytes of the object that are not on the volume.
+        """
         if not self.paused:
+            self.spare = spare
             self._count(self.url, -1)
             self._set_paused(True)
 
@@ -166,6 +180,7 @@ class JobScheduler:
         self._clock = clock
         self._waiting: list[_WaitingJob] = []
         self._paused: dict[Slot, None] = {}  # the one that has waited for longest first
+        self._short_since: float | None = None  # since when objects have waited for room that is not made
         self._running = self._arrivals = 0
         self._per_source: Counter[str] = Counter()
         self._changed = asyncio.Event()
@@ -228,7 +243,9 @@ class JobScheduler:
                 found, url = self._free_source(waiting.job.media_object)
                 if found:
                     self._running += 1
-                    self._settle(waiting, Slot(self._per_source, url, self._on_paused))
+                    slot = Slot(self._per_source, url, self._on_paused)
+                    slot.granted_at = now
+                    self._settle(waiting, slot)
         if self._running >= self._limits.total:
             self._changed.set()
 
@@ -274,11 +291,35 @@ class JobScheduler:
                 await self._update_viewers()
                 self._assign()
                 self._return_to_queue(await self._state.workers())
+            await self._yield_room()
         except StateStoreUnavailable as error:
             self._outage.failed(str(error))
         else:
             self._outage.succeeded()
         self._spill()
+
+    async def _yield_room(self) -> None:
+        """Ask paused downloads to end if others need their room."""
+        wanted = await self._state.space_requested() if self._paused else 0
+        missing = 0
+        if wanted:
+            usage = await self._state.usage()
+            missing = wanted - usage.free if usage.reconciled else 0
+        now = self._clock()
+        if missing <= 0:
+            self._short_since = None
+            return
+        if self._short_since is None:
+            self._short_since = now
+        if now - self._short_since < EVICTION_TIME:
+            return
+        for slot in self._paused:
+            if missing > 0 and slot.spare and now - slot.granted_at >= MIN_STAY:
+                missing -= slot.spare
+                if not slot.is_displaced:
+                    slot.is_displaced = True
+                    source = None if slot.url is None else source_name(slot.url)
+                    logger.info("paused_download_displaced", source=source, bytes=slot.spare)
 
     def report(self) -> WorkerReport:
         """Return the heartbeat."""

@@ -225,7 +225,7 @@ class SideStreams:
         """
         self._main = None
         if self._prefix_grows() and self._window is not None:
-            with self._window.main_stream_held():
+            with self._window.main_stream_held(self._size - self.written.total):
                 await self._until_prefix_stays()
         else:
             await self._until_prefix_stays()
@@ -246,7 +246,7 @@ class SideStreams:
         window, main = self._window, self._main
         if window is None or main is None or self._may_read(main):
             return
-        with window.main_stream_held():
+        with window.main_stream_held(self._size - self.written.total):
             window.look_now()
             while not self._may_read(main):
                 await window.change()

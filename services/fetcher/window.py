@@ -3,7 +3,8 @@
 1. A stream that is too far ahead is not read until its viewers come nearer. The source's connection stays open, and TCP
    holds the source back.
 2. While the main stream waits, the download has no slot.
-3. After some time without viewers the fetch ends, and keeps what it has.
+3. After some time without viewers the fetch ends, and keeps what it has. So does one that waits for its viewers while
+   others need its place or the room that is reserved for it (`Slot.is_displaced`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MIN_LOOK_INTERVAL = 0.01
 
 
 class FetchPaused(Exception):
-    """A fetch has ended because it had no viewers for long. Its bytes are kept."""
+    """A fetch has ended because it had no viewers for long, or its place or room is needed. Its bytes are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +75,14 @@ class ViewerWindow:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the viewers during the block. Ends it and raises FetchPaused when they have been gone for long."""
+        """Follow the viewers during the block. Ends it and raises FetchPaused when the fetch is to end."""
         await self._look(self._clock())  # of a fetch that is resumed, enough may be there
         watching = asyncio.create_task(self._watch(), name=f"window-{self._object_id}")
         async with ended_by(watching):
             yield
         if not watching.cancelled():
             watching.result()
-            raise FetchPaused(f"no viewers of {self._object_id}")
+            raise FetchPaused(f"no viewers of {self._object_id}, or others need its place")
 
     async def _watch(self) -> None:
         """Return when the fetch is to end."""
@@ -139,12 +140,12 @@ class ViewerWindow:
             self._reading -= change
 
     @contextmanager
-    def main_stream_held(self) -> Iterator[None]:
-        """The main stream waits during the block, and needs no slot."""
+    def main_stream_held(self, missing: int) -> Iterator[None]:
+        """The main stream waits during the block, and needs no slot. `missing`: bytes that are not written yet."""
         self._held_at = self._clock()
         DOWNLOADS_PAUSED.inc()
         if self._slot is not None:
-            self._slot.pause()
+            self._slot.pause(missing)
         try:
             yield
         finally:

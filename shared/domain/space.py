@@ -150,6 +150,11 @@ class ViewCoalescer:
         self._max_entries = max_entries
         self._began: OrderedDict[ObjectId, float] = OrderedDict()
 
+    def continue_view(self, object_id: ObjectId, began: float) -> None:
+        """A view that another process has counted began at `began` (seconds). No effect if one is remembered."""
+        if object_id not in self._began:
+            self.begins_view(object_id, began)
+
     def begins_view(self, object_id: ObjectId, now: float) -> bool:
         """True if a request at `now` (seconds) is the first of a view.
 
@@ -266,7 +271,9 @@ class Followers:
     """Where clients read an object that is being fetched, by what all processes have told lately."""
 
     viewers: Sequence[Viewer] = ()
-    views: int = 0  # that have begun since the first request of the fetch
+    views: int = 0
+    """That have begun since the first request of the fetch, in the first VIEW_BEGINS bytes. They only decide whether
+    the fetch is completed. The policy counts its own (`Fetch.views`), of all requests that were answered."""
     whole: bool = False  # all of the object was ordered, or it is pinned
     told: bool = False  # a process has told of its clients, be it that there are none
     untold: bool = False  # a process has clients and has not told where: one of the version before

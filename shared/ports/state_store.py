@@ -56,7 +56,8 @@ class Fetch:
     age: float  # seconds in this phase
     trace: str = ""  # traceparent of the span that claimed or fetches it; empty: it is not traced
     reserved: int = 0  # bytes, record included: the footprint of the object, or what was kept by `park`
-    # As the policy last saved them, of a partial object that competes with stored ones; 0: never
+    # As the policy last saved them, of a partial object that competes with stored ones; 0: never. The views are those
+    # of the access log, and become those of the complete object. `Followers.views` counts this fetch's viewers alone
     views: int = 0
     last_access: float = 0.0  # POSIX seconds
     priority: float = 0.0
@@ -434,8 +435,9 @@ class WorkerStore(Protocol):
     async def record_followers(self, process: str, followed: Sequence[Followed]) -> None:
         """What the clients of a process read, in place of its last report on these objects.
 
-        Remembered for FOLLOWER_MEMORY seconds with the fetch, if there is one. Its views are counted as ViewCoalescer
-        does. Includes `record_viewers`.
+        Remembered for FOLLOWER_MEMORY seconds with the fetch, if there is one. The views among them are counted here,
+        as ViewCoalescer does and over all processes, because the fetch asks for them several times a second. Those that
+        the policy counts from the access log (`Fetch.views`) come seconds later. Includes `record_viewers`.
         """
 
     async def followers(self, object_id: ObjectId) -> Followers:
@@ -573,9 +575,9 @@ class StateStore(WorkerStore, ReportStore, OperatorStore, EvictorStore, Protocol
         No effect if this claimant no longer holds the claim: a worker may have begun already.
         """
 
-    async def release_claim(self, object_id: ObjectId, claimant: str) -> None:
-        """Publishing failed: drop the claim if this claimant still has it CLAIMED or QUEUED. A reservation stays,
-        PARKED."""
+    async def release_claim(self, object_id: ObjectId, claimant: str | None) -> None:
+        """Publishing failed, or the job has ended: drop this claimant's claim or queue mark, expired or not. None: of
+        any claimant. A reservation stays, PARKED."""
 
     async def usage(self) -> Usage:
         """`fetches` counts the live leases, `queued` the queue marks that have not expired."""

@@ -27,8 +27,8 @@ from distributor_node.shared.settings.peers import PeerSettings
 from distributor_node.shared.settings.sizes import (
     AdmissionSize,
     MissCostSetting,
-    OptionalSize,
     Size,
+    WindowSize,
     format_size,
 )
 
@@ -288,9 +288,9 @@ class FetchSettings(SettingsGroup):
     """Gaps in front of viewers that a fetcher process fills at once beside its downloads. 0: far ranges are proxied."""
     window_above: Size = Field(default=16 * 1024**2)
     """Objects larger than this, with a content hash, are read as far as their viewers watch, and `window` ahead."""
-    window: OptionalSize = Field(default=8 * 1024**2)
-    """How far ahead of the furthest viewer such an object is read. `off`: all of it is, as of any other object. See
-    docs/eviction.md."""
+    window: WindowSize = Field(default=8 * 1024**2)
+    """How far ahead of the furthest viewer such an object is read, at least 64K. `off`: all of it is, as of any other
+    object. See docs/eviction.md."""
     viewer_timeout: Seconds = 30.0
     """Seconds without viewers after which such a download ends. Its bytes stay, and the next request continues it."""
     connect_timeout: Seconds = 3.0

@@ -46,7 +46,7 @@ def plural(number: float, noun: str) -> str:
     return f"{number:.0f} {noun}{'' if number == 1 else 's'}"
 
 
-_SCHEMA = {
+_SCHEMA: dict[str, list[dict[str, Any]]] = {
     "anyOf": [
         {"type": "integer", "minimum": 0, "maximum": _MAX_SIZE},
         {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*[kKmMgGtTpP]?([iI]?[bB]?)\s*$"},
@@ -66,10 +66,11 @@ def _is_off(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str) and value.strip().lower() == "off")
 
 
-def _schema_with(words: str) -> dict[str, Any]:
-    """The JSON schema of a size, or of `off` and what else matches this pattern."""
+def _schema_with(words: str, minimum: int = 0) -> dict[str, Any]:
+    """The JSON schema of a size of at least `minimum`, or of `off` and what else matches this pattern."""
+    number, text = _SCHEMA["anyOf"]
     word = {"type": "string", "pattern": rf"^\s*{words}\s*$"}
-    return {"anyOf": [*_SCHEMA["anyOf"], word, {"const": False}, {"type": "null"}]}
+    return {"anyOf": [{**number, "minimum": minimum}, text, word, {"const": False}, {"type": "null"}]}
 
 
 def parse_admission_size(value: object) -> int | Literal["auto"] | None:
@@ -80,8 +81,9 @@ def parse_admission_size(value: object) -> int | Literal["auto"] | None:
         return "auto"
     try:
         return parse_size(value)
-    except ValueError as error:
-        raise ValueError(f"expected auto, off or a size: {error}") from error
+    except ValueError:
+        expected = "expected auto, off or a size of at most 4096P, such as 500G, 64M or 1024"
+        raise ValueError(f"{expected}, got {value!r}") from None
 
 
 def format_admission_size(size: int | Literal["auto"] | None) -> str:
@@ -97,24 +99,31 @@ AdmissionSize = Annotated[
 ]
 
 
-def parse_optional_size(value: object) -> int | None:
-    """`off` (None; YAML reads it as false), or a size of at least one byte. Raises ValueError."""
+MIN_WINDOW = 64 * 1024
+"""Bytes. A viewer of a smaller window would wait for each of its pieces, and the fetch would pause and go on all the
+time."""
+
+
+def parse_window(value: object) -> int | None:
+    """`off` (None; YAML reads it as false), or a size of at least MIN_WINDOW. Raises ValueError."""
     if _is_off(value):
         return None
     try:
         size = parse_size(value)
-    except ValueError as error:
-        raise ValueError(f"expected off or a size: {error}") from error
-    if not size:
-        raise ValueError(f"expected off or a size of at least 1 byte, got {value!r}")
+    except ValueError:
+        size = 0
+    if size < MIN_WINDOW:
+        raise ValueError(
+            f"expected off or a size from {format_size(MIN_WINDOW)} to 4096P, such as 8M, got {value!r}"
+        )
     return size
 
 
-OptionalSize = Annotated[
+WindowSize = Annotated[
     int | None,
-    BeforeValidator(parse_optional_size),
+    BeforeValidator(parse_window),
     PlainSerializer(format_admission_size, return_type=str),
-    WithJsonSchema(_schema_with("[oO][fF][fF]"), mode="validation"),
+    WithJsonSchema(_schema_with("[oO][fF][fF]", MIN_WINDOW), mode="validation"),
 ]
 
 

@@ -613,6 +613,8 @@ class Node(RuleBasedStateMachine):
             for fetch in await self.state.fetches():
                 await self.acting.reaper.discard(term, fetch.object_id)
             await self.acting.work("reconcile", ObjectId("1"), term)
+            # Of objects whose lease was live until now: a clock that was put back has prolonged it
+            await self.acting.purger.step(term)
             usage = await self.state.usage()
             assert usage.reconciled
             assert usage.reserved == 0, await self.state.fetches()

@@ -137,6 +137,10 @@ class RedisNode(Node):
         if not share:
             await self._set_maxmemory(0)
             return
+        for (
+            script
+        ) in self.scripts.values():  # a restarted server has none, and they take room of what it holds
+            await self.client.script_load(script.text)
         answers = (_answer(number) for number in range(ANSWERS))
         await self.cache.put([NewAnswer(one.object_id, one, 3600, 7 * 24 * 3600) for one in answers])
         used = (await self.client.info("memory"))["used_memory"]

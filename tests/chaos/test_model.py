@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from distributor_node.shared.domain.objects import ObjectId
 from tests.chaos.figures import record_result
 from tests.chaos.model import Node
 from tests.chaos.model_redis import ModelServer, RedisNode
@@ -78,3 +79,38 @@ def test_redis_queue_and_volume_stay_consistent(redis_machine: type[RedisNode]) 
 @pytest.mark.timeout(7200)
 def test_redis_queue_and_volume_stay_consistent_for_longer(redis_machine: type[RedisNode]) -> None:
     run_model(redis_machine, EXAMPLES, 60, FIRST_SEED)
+
+
+@pytest.mark.timeout(120)
+def test_a_redis_that_is_just_full_after_a_restart_takes_claims(redis_machine: type[RedisNode]) -> None:
+    """Its scripts, which it gets with their first calls, count as its memory."""
+    node = redis_machine()
+    try:
+        for _ in range(2):
+            node.store_is_on_disk()
+        node.lose_last_second(1)
+        node.fill_store(1.0)
+
+        async def work() -> None:
+            for script in node.scripts.values():
+                await node.client.script_load(script.text)
+
+        node.runner.run(work())
+        node.request(ObjectId("1"), False)
+    finally:
+        node.teardown()
+
+
+@pytest.mark.timeout(120)
+def test_a_purge_waits_for_a_lease_that_a_clock_put_back_has_prolonged(
+    redis_machine: type[RedisNode],
+) -> None:
+    node = redis_machine()
+    try:
+        node.request(ObjectId("4"), False)
+        node.work("die_before_commit", 0.0)
+        node.purge_while_it_is_read(ObjectId("3"))
+        node.work("wrong_bytes", 0.5)
+        node.advance_clock(-3600.0)
+    finally:
+        node.teardown()

@@ -314,8 +314,9 @@ class TestMarkQueuedAndWithdraw:
         await harness.store.claim(ONE, "api-1")
         await harness.begin_fetch(ONE, 100)
         await harness.store.mark_queued(ONE, "api-1")
-        await harness.store.release_claim(ONE, "api-1")
-        assert await harness.phase(ONE) is FetchPhase.FETCHING
+        for claimant in ("api-1", None):
+            await harness.store.release_claim(ONE, claimant)
+            assert await harness.phase(ONE) is FetchPhase.FETCHING
 
     @pytest.mark.parametrize("queued", [False, True])
     async def test_a_released_claim_is_removed(self, harness: Harness, queued: bool) -> None:
@@ -325,6 +326,23 @@ class TestMarkQueuedAndWithdraw:
         await harness.store.release_claim(ONE, "api-1")
         assert await harness.phase(ONE) is None
         assert (await harness.store.claim(ONE, "api-2")).won
+
+    @pytest.mark.parametrize("claimant", ["api-1", None])
+    @pytest.mark.parametrize("parked", [False, True])
+    async def test_a_queue_mark_is_released_after_it_has_expired(
+        self, brief: Harness, parked: bool, claimant: str | None
+    ) -> None:
+        """Its job has ended. As long as it counted as waiting, no other would be published."""
+        await brief.reconciled()
+        if parked:
+            await brief.store.park(await brief.begin_fetch(ONE, 100))
+        await brief.store.claim(ONE, "api-1")
+        await brief.store.mark_queued(ONE, "api-1")
+        await brief.until_phase(ONE, FetchPhase.PARKED if parked else None)
+        await brief.store.release_claim(ONE, claimant)
+        assert await brief.phase(ONE) is (FetchPhase.PARKED if parked else None)
+        assert await brief.used_and_reserved() == (0, footprint(100) if parked else 0)
+        assert (await brief.store.claim(ONE, "api-2")).won
 
     async def test_a_released_claim_with_a_reservation_is_parked(self, harness: Harness) -> None:
         await harness.reconciled()

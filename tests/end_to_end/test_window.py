@@ -20,6 +20,7 @@ from tests.waiting import eventually
 
 FILM = generated_object("41", 41 * MIB + 4321)
 OTHER = generated_object("42", MIB + 17)
+SECOND_FILM = generated_object("43", 30 * MIB + 17)
 WINDOW = 4 * MIB
 TENTH = FILM.size // 10
 SLACK = 3 * MIB
@@ -103,7 +104,7 @@ async def start(
     *,
     rate: int = 40 * MIB,
 ) -> None:
-    harness.publish([FILM, OTHER])
+    harness.publish([FILM, OTHER, SECOND_FILM])
     harness.first.faults.add(Fault(bytes_per_second=rate))
     harness.stack.environment |= SETTINGS | dict(settings or {})
     await harness.stack.up(workers=2)
@@ -219,6 +220,28 @@ async def test_a_paused_download_leaves_its_slot_to_others(harness: Harness) -> 
         await one.read_to(FILM.size)
     await harness.stack.until_hit(FILM.object_id)
     assert ranges(harness.first) == [None]
+
+
+async def test_a_paused_download_leaves_its_room_to_others_and_its_viewer_gets_all(harness: Harness) -> None:
+    """There is no room for both films, and neither may be evicted."""
+    limit = 60 * MIB
+    await start(
+        harness, {"DISTRIBUTOR_STORAGE__LIMIT": str(limit), "DISTRIBUTOR_FETCH__VIEWER_TIMEOUT": "60"}
+    )
+    async with viewer(harness) as one:
+        await one.read_to(MIB)
+
+        async def paused() -> bool:
+            return await metric(harness, "distributor_paused_downloads_in_progress") == 1
+
+        await eventually(paused, pause=0.1)
+        async with viewer(harness, SECOND_FILM) as two:
+            await two.read_to(SECOND_FILM.size)
+        await harness.stack.until_hit(SECOND_FILM.object_id)
+        assert await metric(harness, 'distributor_fetches_total{outcome="paused"}') == 1
+        assert [record.range for record in harness.first.requests.of(SECOND_FILM.object_id, "GET")] == [None]
+        await one.read_to(FILM.size)
+    assert harness.stack.bytes_on_volume() <= limit
 
 
 async def test_a_source_that_closes_during_a_pause_is_not_blamed(harness: Harness) -> None:

@@ -360,3 +360,30 @@ async def test_a_new_leader_has_the_views_that_were_saved(volume: Volume) -> Non
     index.set_partials([replace(fetch, views=4, last_access=NOW - 500, priority=7.5)])
     [entry] = index.policy.dump()
     assert entry == PolicyEntry(one, 1000, 4, pytest.approx(NOW - 500, abs=1), 7.5)  # type: ignore[arg-type]
+
+
+async def test_a_view_that_goes_on_is_not_counted_again_by_a_new_leader(
+    state: FailingStore, volume: Volume
+) -> None:
+    """A player asks another API process for its next range after the leader was replaced."""
+    now, film, other = NOW, IDS[0], IDS[1]
+    first = EvictionIndex(state, volume, lambda: make_policy("gdsf"), lambda: now)
+    await first.load()
+    await state.record_accesses([Access(film, 1, now)])
+    await first.save(await term_of(state))
+    now += 100
+    successor = EvictionIndex(state, volume, lambda: make_policy("gdsf"), lambda: now)
+    await successor.load()
+
+    async def views_of(*accesses: Access) -> tuple[int, int]:
+        await state.record_accesses(accesses)
+        await successor.refresh()
+        known = [successor.policy.get(object_id) for object_id in (film, other)]
+        return tuple(entry.frequency for entry in known if entry is not None)  # type: ignore[return-value]
+
+    assert await views_of(Access(film, 1, now)) == (2, 1)
+    assert await views_of(Access(other, 1, now)) == (2, 2), "it was viewed an hour ago"
+    now += 199
+    assert await views_of(Access(film, 1, now)) == (2, 2)
+    now += 1
+    assert await views_of(Access(film, 1, now)) == (3, 2), "300 seconds after the view has begun"

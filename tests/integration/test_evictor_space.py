@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
+from distributor_node.services.evictor.adoption import Adoption, PartialReaper
+from distributor_node.services.evictor.eviction import Eviction, EvictionRules
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.layout import SHARDS
 from distributor_node.shared.domain.errors import VolumeFull
+from distributor_node.shared.domain.eviction import make_policy
 from distributor_node.shared.domain.eviction.policy import NO_BASIS
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import DeviceSpace, footprint
-from distributor_node.shared.ports.state_store import Access, FetchPhase, Granted
+from distributor_node.shared.domain.space import DeviceSpace, Watermarks, footprint
+from distributor_node.shared.ports.state_store import Access, Fetch, FetchPhase, Granted
 from tests.counters import counted
 from tests.integration.evictor_harness import (
     LIMIT,
@@ -563,3 +568,30 @@ async def test_a_leader_reports_what_it_has_removed_and_why(harness: EvictorHarn
             "id": "o0", "at": 0, "bytes": footprint(SIZE), "size": SIZE, "views": 1, "reason": "high_watermark",
         } | {name: report["removed"][0][name] for name in ("idle_seconds", "priority", "inflation")}  # fmt: skip
         assert sum(objects for objects, _ in report["map"]["cells"]) == len(await harness.entries())
+
+
+async def test_a_pass_reads_all_fetches_once(
+    harness: EvictorHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that finds nothing but partial objects to evict. There may be thousands of them."""
+    state, calls, fetches = harness.state, 0, harness.state.fetches
+
+    async def counted_fetches() -> Sequence[Fetch]:
+        nonlocal calls
+        calls += 1
+        return await fetches()
+
+    term = await harness.term()
+    await state.set_reconciled(term)
+    await harness.park("half", 1000, LIMIT - 5000)
+    await state.request_space(ObjectId("new"), LIMIT - footprint(500), 30.0)
+    index = EvictionIndex(state, harness.volume, lambda: make_policy("gdsf"))
+    reaper = PartialReaper(
+        state, harness.volume, Adoption(state, harness.volume, index), index, keep=3600.0, space_wait=10.0
+    )
+    rules = EvictionRules(Watermarks(low=LIMIT // 2, high=LIMIT * 9 // 10), min_idle=3600.0)
+    eviction = Eviction(state, index, ObjectRemover(state, harness.volume, index), reaper, rules)
+    monkeypatch.setattr(state, "fetches", counted_fetches)
+    await eviction.run(term, await state.usage(), DeviceSpace(free_bytes=10 * LIMIT))
+    assert await harness.fetch_of("half") is None
+    assert calls == 1

@@ -6,18 +6,31 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent
+from distributor_node.services.evictor.adoption import Adoption, PartialReaper
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.removal import RemovalOutcome
+from distributor_node.services.fetcher.fetcher import DeadLetterHandler
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.eviction import make_policy
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Requeue, Retry, RetryPlan
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
-from distributor_node.shared.ports.state_store import FailureCause, FetchPhase, Granted, IndexEntry, Topic
+from distributor_node.shared.ports.state_store import (
+    FailureCause,
+    FetchPhase,
+    Granted,
+    IndexEntry,
+    Lease,
+    Topic,
+)
 from distributor_node.shared.runtime.threads import BlockingPool, Params, Result
 from tests.integration.fetcher_harness import LIMIT, OBJECT_ID, Harness, fetcher_harness
 from tests.mounting import small_file_system
@@ -154,19 +167,25 @@ async def test_no_space_in_time_is_retried_later(tmp_path: Path) -> None:
         assert len(harness.nodes[0].requests) == 0
 
 
+async def leave_a_part(harness: Harness) -> tuple[int, Lease]:
+    """A fetch was given up, and another object has taken the room. Returns what is there, and the other's lease."""
+    harness.nodes[0].faults.add(Fault(cut_after=700_000))
+    assert isinstance(await start(harness), Retry)
+    lease = await harness.state.steal_lease(harness.term, OBJECT_ID)
+    held = harness.volume.measure_partial(OBJECT_ID)
+    assert lease is not None
+    assert held is not None
+    await harness.state.park(lease, held)
+    other = await harness.state.begin(ObjectId.parse("8"), LIMIT - footprint(SIZE), "other")
+    assert isinstance(other, Granted)
+    harness.nodes[0].faults.clear()
+    harness.nodes[0].requests.clear()
+    return held, other.lease
+
+
 async def test_a_parked_fetch_that_gets_no_room_keeps_what_it_holds(tmp_path: Path) -> None:
     async with fetcher_harness(tmp_path, [DATA], space_wait=0.1) as harness:
-        harness.nodes[0].faults.add(Fault(cut_after=700_000))
-        assert isinstance(await start(harness), Retry)
-        lease = await harness.state.steal_lease(harness.term, OBJECT_ID)
-        held = harness.volume.measure_partial(OBJECT_ID)
-        assert lease is not None
-        assert held is not None
-        await harness.state.park(lease, held)
-        other = await harness.state.begin(ObjectId.parse("8"), LIMIT - footprint(SIZE), "other")
-        assert isinstance(other, Granted)
-        harness.nodes[0].faults.clear()
-        harness.nodes[0].requests.clear()
+        held, other = await leave_a_part(harness)
         outcome = await start(harness)
         assert isinstance(outcome, Retry)
         assert outcome.reason == f"no space: {footprint(0)} bytes missing"
@@ -174,11 +193,64 @@ async def test_a_parked_fetch_that_gets_no_room_keeps_what_it_holds(tmp_path: Pa
         assert fetch is not None
         assert (fetch.phase, fetch.reserved) == (FetchPhase.PARKED, footprint(held))
         assert not harness.nodes[0].requests
-        await harness.state.release(other.lease)
+        await harness.state.release(other)
         assert await start(harness) == Ack("fetched")
         assert harness.stored() == DATA
         assert [record.range for record in harness.nodes[0].requests] == [f"bytes={held}-{SIZE - 1}"]
         usage = await harness.state.usage()
+        assert (usage.used, usage.reserved) == (footprint(SIZE), 0)
+
+
+@pytest.mark.parametrize("then", ["continued", "evicted"])
+async def test_a_part_whose_job_has_found_no_room_at_all_stays_accounted_for(
+    tmp_path: Path, then: str
+) -> None:
+    """It is evicted as any other, and found again by the next request once the failure is forgotten."""
+    async with fetcher_harness(tmp_path, [DATA], space_wait=0.1) as harness:
+        state, volume = harness.state, harness.volume
+        held, other = await leave_a_part(harness)
+        assert await state.refute_failure(OBJECT_ID, FailureCause.SOURCES)
+        claim = await state.claim(OBJECT_ID, "api-1")
+        assert claim.won
+        queue = MemoryJobQueue(RetryPlan((0.05,)))
+        await queue.open()
+        await queue.publish(replace(harness.job(harness.wanted(DATA)), claim=claim.serial))
+        await state.mark_queued(OBJECT_ID, "api-1")
+        handler = DeadLetterHandler(state, volume, harness.disk, "worker-last", failure_memory=0.01)
+        consuming = asyncio.create_task(queue.consume(harness.worker().handle, 1, handler.handle))
+
+        async def dead_lettered() -> bool:
+            return (await queue.depth()).dead == 1
+
+        await eventually(dead_lettered)
+        consuming.cancel()
+        await asyncio.wait({consuming})
+        fetch, usage = (await state.find(OBJECT_ID)).fetch, await state.usage()
+        assert fetch is not None
+        assert (fetch.phase, fetch.size, fetch.reserved) == (FetchPhase.PARKED, SIZE, footprint(held))
+        assert (usage.parked, usage.parked_bytes) == (1, footprint(held))
+        assert harness.partial_size() == held
+        if then == "evicted":
+            index = EvictionIndex(state, volume, partial(make_policy, "gdsf"))
+            reaper = PartialReaper(
+                state, volume, Adoption(state, volume, index, None), index, keep=3600.0, space_wait=10.0
+            )
+            await reaper.prepare(harness.term)
+            assert [entry.object_id for entry in index.policy.dump()] == [OBJECT_ID]
+            assert await reaper.evict(harness.term, OBJECT_ID) is RemovalOutcome.REMOVED
+            assert harness.partial_size() is None
+            assert (await state.usage()).reserved == footprint(other.size)
+            return
+        await state.release(other)
+
+        async def claimed() -> bool:
+            return (await state.claim(OBJECT_ID, "api-2")).won
+
+        await eventually(claimed)
+        assert await start(harness) == Ack("fetched")
+        assert harness.stored() == DATA
+        assert [record.range for record in harness.nodes[0].requests] == [f"bytes={held}-{SIZE - 1}"]
+        usage = await state.usage()
         assert (usage.used, usage.reserved) == (footprint(SIZE), 0)
 
 
@@ -299,6 +371,28 @@ async def test_a_dead_lettered_job_frees_its_space_and_its_failure_is_remembered
     assert object_status.failure.cause is FailureCause.SOURCES
     assert harness.partial_size() is None
     assert (await harness.state.usage()).reserved == 0
+
+
+async def test_after_a_dead_letter_another_job_may_be_published_once_the_failure_is_forgotten(
+    harness: Harness,
+) -> None:
+    """Also if the queue mark of a job that never began has expired."""
+    state = harness.state
+    state.tables.timeouts = replace(state.tables.timeouts, queued_seconds=0.01)
+    assert (await state.claim(OBJECT_ID, "api-1")).won
+    await state.mark_queued(OBJECT_ID, "api-1")
+
+    async def expired() -> bool:
+        return (await state.find(OBJECT_ID)).fetch is None
+
+    await eventually(expired)
+    handler = DeadLetterHandler(state, harness.volume, harness.disk, "worker-last", failure_memory=0.01)
+    await handler.handle(harness.job(harness.wanted(DATA)), "no space")
+
+    async def claimed() -> bool:
+        return (await state.claim(OBJECT_ID, "api-2")).won
+
+    await eventually(claimed)
 
 
 @pytest.mark.parametrize("trouble", ["sources", "bytes", "space", "disk"])

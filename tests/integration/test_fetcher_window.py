@@ -15,12 +15,19 @@ from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent
 from distributor_node.services.fetcher import side_streams
 from distributor_node.services.fetcher.download import FetchLimits
-from distributor_node.services.fetcher.scheduler import Slot
+from distributor_node.services.fetcher.scheduler import (
+    EVICTION_TIME,
+    MIN_STAY,
+    JobScheduler,
+    Slot,
+    SlotLimits,
+)
 from distributor_node.services.fetcher.side_streams import SideStreamPlaces
 from distributor_node.services.fetcher.window import WindowLimits
-from distributor_node.shared.domain.jobs import Ack, JobOutcome
+from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
+from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import Followed, Viewer, footprint
-from distributor_node.shared.ports.state_store import FetchPhase
+from distributor_node.shared.ports.state_store import FetchPhase, Granted, NoSpace
 from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness
 from tests.waiting import eventually
 
@@ -331,6 +338,42 @@ async def test_a_download_whose_place_is_needed_ends_with_viewers(harness: Harne
         slot.is_displaced = True
         assert await fetching == Ack("paused")
     assert await phase(harness) is FetchPhase.PARKED
+
+
+async def test_a_paused_download_gives_its_room_to_another_object_and_is_continued_later(
+    tmp_path: Path,
+) -> None:
+    now, other, other_size = 0.0, ObjectId.parse("8"), 16 * MIB
+    limit = footprint(SIZE) + 4 * MIB
+    async with fetcher_harness(tmp_path / "volume", [DATA], lease=6.0, limit=limit) as harness:
+        harness.nodes[0].faults.add(RATE)
+        scheduler = JobScheduler(
+            harness.state, "worker-0", SlotLimits(1, 1), lambda wanted: wanted.sources, lambda: now
+        )
+        await claim(harness)
+        with viewers(harness, MIB) as viewer:
+            async with scheduler.slot(harness.job(harness.wanted(DATA))) as slot:
+                assert isinstance(slot, Slot)
+                fetching = start(harness, slot=slot)
+                await eventually(lambda: slot.paused)
+                assert isinstance(await harness.state.begin(other, other_size, "other"), NoSpace)
+                await harness.state.request_space(other, other_size, 60.0)
+                for seconds in (MIN_STAY, EVICTION_TIME):
+                    now += seconds
+                    await scheduler.tick()
+                assert await fetching == Ack("paused")
+            held = harness.partial_size() or 0
+            assert held >= MIB + WINDOW
+            granted = await harness.state.begin(other, other_size, "other")
+            assert isinstance(granted, Granted)
+            assert (await harness.state.usage()).reserved == footprint(held) + footprint(other_size)
+            assert isinstance(await start(harness), Retry)  # there is no room to go on now
+            assert harness.partial_size() == held
+            await harness.state.release(granted.lease)
+            viewer.at(SIZE - 1)
+            assert await start(harness) == Ack("fetched")
+        assert harness.stored() == DATA
+        assert ranges(harness) == [None, f"bytes={held}-{SIZE - 1}"]
 
 
 async def test_stopped_while_it_waits_it_is_resumed(harness: Harness) -> None:

@@ -8,15 +8,24 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from distributor_node.services.fetcher.scheduler import VIEWED_NOW, JobScheduler, Slot, SlotLimits
+from distributor_node.services.fetcher.scheduler import (
+    EVICTION_TIME,
+    MIN_STAY,
+    VIEWED_NOW,
+    JobScheduler,
+    Slot,
+    SlotLimits,
+)
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.domain.jobs import FetchJob, JobOutcome, Nack, Requeue
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import WorkerReport
 
 SLOW, GOOD, OTHER = "slow", "good", "other"
+LIMIT = 10_000
 
 
 def job(object_id: int, *sources: str, low_priority: bool = False) -> FetchJob:
@@ -45,7 +54,7 @@ class World:
 
     def __init__(self, total: int = 2, per_source: int = 2) -> None:
         self.now = 1_000.0
-        self.store = MemoryStateStore(1_000, StateTimeouts(), lambda: self.now)
+        self.store = MemoryStateStore(LIMIT, StateTimeouts(), lambda: self.now)
         self.scheduler = JobScheduler(
             self.store, "worker-1", SlotLimits(total, per_source), in_order, lambda: self.now
         )
@@ -342,3 +351,75 @@ async def test_what_no_viewer_needs_is_read_only_while_no_job_waits() -> None:
         assert not one.scheduler.has_spare_slot(slot)
         await one.end(2)
         await one.end(1)
+
+
+async def paused(one: World, *spare: int) -> list[Slot]:
+    """Downloads that wait for their viewers, one after the other, each with room that it does not use."""
+    slots = []
+    for number, missing in enumerate(spare, start=1):
+        await one.take(job(number))
+        slot = one.outcome(number)
+        assert isinstance(slot, Slot)
+        slot.pause(missing)
+        slots.append(slot)
+    return slots
+
+
+async def want(one: World, missing: int, object_id: str = "90") -> None:
+    """A job waits for room: so many bytes more than are free."""
+    term = await one.store.lead("evictor", 3600)
+    assert term is not None
+    await one.store.set_reconciled(term)
+    free = (await one.store.usage()).free
+    await one.store.request_space(ObjectId(object_id), free + missing - footprint(0), 3600)
+
+
+async def test_paused_downloads_whose_room_others_need_are_asked_to_end_as_many_as_are_needed() -> None:
+    async with world(total=1, per_source=9) as one:
+        slots = await paused(one, 300, 300, 300)
+        await want(one, 500)
+        await one.later(MIN_STAY)
+        assert not any(slot.is_displaced for slot in slots), "the evictor may find other room"
+        await one.later(EVICTION_TIME)
+        assert [slot.is_displaced for slot in slots] == [True, True, False]
+        await one.later(EVICTION_TIME)
+        assert [slot.is_displaced for slot in slots] == [True, True, False], "their room counts"
+
+
+async def test_none_is_asked_to_end_for_room_that_the_evictor_has_made() -> None:
+    async with world(total=1, per_source=9) as one:
+        [slot] = await paused(one, 300)
+        await want(one, 500)
+        await one.later(MIN_STAY)
+        one.store.tables.space_requests.clear()  # it was granted
+        await one.later(EVICTION_TIME)
+        await want(one, 500)
+        await one.later(0.1)
+        assert not slot.is_displaced
+        await want(one, 0)
+        await one.later(10 * EVICTION_TIME)
+        assert not slot.is_displaced
+
+
+async def test_a_download_keeps_its_room_for_a_while_and_one_that_reads_keeps_it() -> None:
+    async with world(total=2, per_source=9) as one:
+        await want(one, 500)
+        slots = await paused(one, 300)
+        await one.take(job(2))
+        await one.later(0.1)
+        await one.later(EVICTION_TIME)
+        assert [slot.is_displaced for slot in slots] == [False]
+        await one.later(MIN_STAY)
+        assert [slot.is_displaced for slot in slots] == [True]
+        slots[0].resume()  # a viewer has come nearer
+        await one.later(MIN_STAY)
+        assert [slot.is_displaced for slot in slots] == [False]
+
+
+async def test_a_download_that_has_all_of_its_bytes_gives_no_room() -> None:
+    async with world(total=1, per_source=9) as one:
+        slots = await paused(one, 0, 300)
+        await want(one, 100)
+        await one.later(MIN_STAY)
+        await one.later(EVICTION_TIME)
+        assert [slot.is_displaced for slot in slots] == [False, True]

@@ -158,12 +158,29 @@ def test_weights_of_peers_can_be_given_by_a_variable() -> None:
         ({"OPERATOR_API__SECRET": SECRET[:7]}, "SECRET): expected at least 16 characters (its value is not shown)"),
         ({"CATALOG__KIND": "origin", "CATALOG__ORIGIN": f"https://me:{SECRET}@x/"}, "catalog.origin: expected an"),
         ({"STORAGE__LIMIT": f"redis://:{SECRET}@localhost"}, "64M or 1024, got 'redis://***@localhost'"),
+        ({"FETCH__WINDOW": "65535"}, "WINDOW): expected off or a size from 64K to 4096P, such as 8M, got '65535'"),
+        ({"FETCH__WINDOW": "0"}, "WINDOW): expected off or a size from 64K to 4096P, such as 8M, got '0'"),
+        ({"FETCH__WINDOW": "wide"}, "WINDOW): expected off or a size from 64K to 4096P, such as 8M, got 'wide'"),
+        ({"FETCH__WINDOW": "5000P"}, "WINDOW): expected off or a size from 64K to 4096P, such as 8M, got '5000P'"),
+        ({"ADMISSION__ABOVE_SIZE": "much"}, "SIZE): expected auto, off or a size of at most 4096P, such as 500G, 64M"),
     ],
 )  # fmt: skip
 def test_a_wrong_variable_is_a_sentence_that_names_it(variables: dict[str, str], told: str) -> None:
     message = refusal(**variables)
     assert told in message
     assert SECRET[:7] not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "window"), [("64K", 64 * 1024), ("1M", 1024**2), ("off", None), ("OFF", None)]
+)
+def test_windows(text: str, window: int | None) -> None:
+    assert load(FETCH__WINDOW=text).fetch.window == window
+
+
+def test_a_message_says_once_what_was_expected() -> None:
+    message = refusal(FETCH__WINDOW="wide", ADMISSION__ABOVE_SIZE="much")
+    assert [line.count("expected") for line in message.splitlines() if "got" in line] == [1, 1]
 
 
 @pytest.mark.parametrize("service", ["api", "fetcher", "evictor"])

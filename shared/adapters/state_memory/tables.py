@@ -90,7 +90,7 @@ class FetchRow:
     whole: int = (
         0  # bytes of the object, if it was parked with fewer: `size` is what it has kept. 0: it was not
     )
-    views: int = 0  # of the partial object, with the next two: see Fetch
+    views: int = 0  # of the partial object, with the next two: see Fetch. Those of `following` are other ones
     last_access: float = 0.0
     priority: float = 0.0
     following: Following = NOT_FOLLOWED
