@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from anyio._backends._asyncio import AsyncIOBackend
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent, bytes_object
@@ -83,6 +84,23 @@ async def test_the_whole_object(
     assert seen[0].source == f"127.0.0.1:{node.port}"
     assert seen[0].first_byte is not None
     assert 0 < seen[0].first_byte <= seen[0].waited
+
+
+async def test_the_library_s_free_locks_do_not_give_the_loop_back(
+    node: StorageNode, client: SourceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back = 0
+    checkpoint = AsyncIOBackend.cancel_shielded_checkpoint
+
+    async def counting() -> None:
+        nonlocal given_back
+        given_back += 1
+        await checkpoint()
+
+    monkeypatch.setattr(AsyncIOBackend, "cancel_shielded_checkpoint", counting)
+    for _ in range(2):
+        assert await read(client, node.object_url("1"), RANGE) == DATA[1_000_000:2_000_000]
+    assert given_back == 0
 
 
 async def test_a_range(node: StorageNode, client: SourceClient) -> None:

@@ -14,6 +14,7 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import httpcore
@@ -66,6 +67,7 @@ class SourceLimits:
 
 MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_parsed = lru_cache(512)(httpx.URL)  # parts of one large object are asked for again and again
 # httpcore's 64 KiB cost a third of the throughput on a fast link. The event loop reads 256 KiB at once anyway.
 _READ_BYTES = 256 * 1024
 
@@ -115,8 +117,12 @@ class Connections:
         self._fresh: BoundedTransport | None = None
 
     async def open(self) -> None:
-        # httpcore has this setting only for the whole process.
+        # httpcore has these settings only for the whole process.
         httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = _READ_BYTES
+        # Its own locks, anyio's, give the loop back each time they are taken, three times in a request, also when they
+        # are free.
+        for module in (httpcore._async.connection, httpcore._async.http11):
+            module.AsyncLock = asyncio.Lock  # type: ignore[attr-defined]
         context = await make_tls_context()  # reads the certificates
         network = SourceNetwork(is_public if self._limits.refuse_private else None)
         self._reusing = BoundedTransport(context, self._limits.max_connections, network)
@@ -199,7 +205,7 @@ class Connections:
         extensions: dict[str, Any] = {"timeout": timeouts, "trace": progress.trace}
         try:
             with map_http_errors():
-                request = httpx.Request(method, url, headers=headers, extensions=extensions)
+                request = httpx.Request(method, _parsed(url), headers=headers, extensions=extensions)
                 async with asyncio.timeout(2 * connect + 1.0) as progress.deadline:
                     return await transport.handle_async_request(request)
         except TimeoutError as error:
