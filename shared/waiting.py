@@ -111,6 +111,10 @@ class Turns:
 
     def _refill(self) -> None:
         """Begin a turn. What was cancelled while it waited is passed over."""
+        left = self._began + self._seconds - time.monotonic() if self._seconds else 0.0
+        if left > 0:  # the timer is that of the turn before: see `_has_lasted`
+            asyncio.get_running_loop().call_later(left, self._refill)
+            return
         self._refilling = False
         self._left = self._room
         self._queues = self._queues[::-1]

@@ -373,11 +373,12 @@ class EvictionIndex:
         return access.views
 
     def _begins_view(self, object_id: ObjectId, at: float) -> bool:
-        """As ViewCoalescer. The former leader has counted the views that go on when a term begins: an access less
-        than VIEW_WINDOW after the last one that is known of an object belongs to such a view."""
+        """As ViewCoalescer. The former leader has counted the views that go on when a term begins: an access soon after
+        the last one that is known of an object belongs to such a view. When it began is not known: half a window before
+        that one is taken for it, so that leaders which come and go do not prolong it for ever."""
         entry = self.policy.get(object_id) if at < self._inherits_views_until else None
         if entry is not None:
-            self._views.continue_view(object_id, entry.last_access)
+            self._views.continue_view(object_id, entry.last_access - VIEW_WINDOW / 2)
         return self._views.begins_view(object_id, at)
 
     def _find(self, object_ids: list[ObjectId]) -> list[FoundObject]:

@@ -309,6 +309,8 @@ class Worker:
                     job.media_object, warming=job.low_priority and not job.copy, claim=job.claim
                 )
             if isinstance(admitted, Admitted):
+                if slot is not None:
+                    slot.take_room()
                 record_failure = partial(self._failure_recorder.record, job)
                 return await self._fetch_runner.run(
                     job.media_object,
@@ -427,7 +429,8 @@ class Revalidator:
     async def _ask(self, job: FetchJob, record: StoredRecord) -> tuple[float, SourceAnswer]:
         """Return the answer and the POSIX time of its arrival. Raises SourceError."""
         failure: SourceError | None = None
-        for url in self._catalog.sources_of(job.object_id):  # not what the message says
+        # Not what the message says: a path of which the id is no digest is not believed.
+        for url in self._catalog.sources_of(job.object_id.with_path(job.media_object.name)):
             try:
                 answer = await self._failover_reader.ask(url, conditional_headers(record.validators))
                 return time.time(), answer

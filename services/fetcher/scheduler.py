@@ -45,8 +45,11 @@ _SPILL_AT = 0.75  # share of the jobs that may wait at which the last ones are d
 _MAX_SPILLED = 16  # in one interval
 _MAX_REPORTED_SOURCES = 100
 
-EVICTION_TIME = 1.0
+EVICTION_TIME = 3.0
 """Seconds that the evictor has to make room before paused downloads are asked to end for it."""
+DISPLACEMENT_TIME = 3.0
+"""Seconds in which a download that was asked to end counts as one that ends. It cannot while a viewer reads from
+another stream of it."""
 MIN_STAY = 5.0
 """Seconds that a download keeps its room at least: two objects that do not fit together would take turns all the
 time, each with another request to its source."""
@@ -89,13 +92,19 @@ class Slot:
     """The right of one job to download. It counts for the source in use."""
 
     def __init__(
-        self, counts: Counter[str], url: str | None, on_paused: Callable[[Slot], None] | None = None
+        self,
+        counts: Counter[str],
+        url: str | None,
+        on_paused: Callable[[Slot], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_paused`: called when `paused` changes."""
+        """`on_paused`: called when `paused` changes. `clock`: in seconds."""
         self._counts = counts
         self._on_paused = on_paused
         self.url = url
-        self.granted_at = float("-inf")  # on the scheduler's clock
+        self._clock = clock
+        self.room_since = clock()
+        self.displaced_at = float("-inf")  # when it was asked to end for room that others need
         self.paused = False
         self.spare = 0  # while it is paused: bytes that are reserved beyond those on the volume
         self.is_displaced = False  # paused, and asked to end
@@ -106,6 +115,10 @@ class Slot:
         self._count(self.url, -1)
         self.url = url
         self._count(url, 1)
+
+    def take_room(self) -> None:
+        """Room for the object has been reserved, after a wait perhaps."""
+        self.room_since = self._clock()
 
     def pause(self, spare: int = 0) -> None:
         """Leave the slot to others. The source keeps the connection, on which it sends nothing.
@@ -124,7 +137,7 @@ class Slot:
             self._count(self.url, 1)
 
     def _set_paused(self, paused: bool) -> None:
-        self.paused, self.is_displaced = paused, False
+        self.paused, self.is_displaced, self.displaced_at = paused, False, float("-inf")
         if self._on_paused is not None:
             self._on_paused(self)
 
@@ -243,9 +256,7 @@ class JobScheduler:
                 found, url = self._free_source(waiting.job.media_object)
                 if found:
                     self._running += 1
-                    slot = Slot(self._per_source, url, self._on_paused)
-                    slot.granted_at = now
-                    self._settle(waiting, slot)
+                    self._settle(waiting, Slot(self._per_source, url, self._on_paused, self._clock))
         if self._running >= self._limits.total:
             self._changed.set()
 
@@ -311,15 +322,25 @@ class JobScheduler:
             return
         if self._short_since is None:
             self._short_since = now
-        if now - self._short_since < EVICTION_TIME:
+        # One worker after the other: as a rule, what the first one gives is enough.
+        names = [report.worker for report in await self._state.workers()]
+        turn = 1 + (names.index(self._worker) if self._worker in names else 0)
+        if now - self._short_since < turn * EVICTION_TIME:
             return
-        for slot in self._paused:
-            if missing > 0 and slot.spare and now - slot.granted_at >= MIN_STAY:
+        missing -= sum(slot.spare for slot in self._paused if now - slot.displaced_at < DISPLACEMENT_TIME)
+        candidates = [
+            slot
+            for slot in self._paused
+            if slot.spare and not slot.is_displaced and now - slot.room_since >= MIN_STAY
+        ]
+        if sum(slot.spare for slot in candidates) < missing:
+            return  # it would not be enough
+        for slot in candidates:
+            if missing > 0:
                 missing -= slot.spare
-                if not slot.is_displaced:
-                    slot.is_displaced = True
-                    source = None if slot.url is None else source_name(slot.url)
-                    logger.info("paused_download_displaced", source=source, bytes=slot.spare)
+                slot.is_displaced, slot.displaced_at = True, now
+                source = None if slot.url is None else source_name(slot.url)
+                logger.info("paused_download_displaced", source=source, bytes=slot.spare)
 
     def report(self) -> WorkerReport:
         """Return the heartbeat."""

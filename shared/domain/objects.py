@@ -112,6 +112,17 @@ class ObjectId(str):
         made._path = encoded
         return made
 
+    def with_path(self, path: str | None) -> ObjectId:
+        """Return this id with the path that it is the digest of, if `path` is that (percent-encoded, with query)."""
+        if path is None or not self.is_digest:
+            return self
+        raw, _, query = path.partition("?")
+        try:
+            made = ObjectId.parse_path(raw, query)
+        except InvalidInput:
+            return self
+        return made if made == self else self
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """Check an id. Raises InvalidInput."""

@@ -25,9 +25,11 @@ PATHS = [
 
 @dataclass(slots=True)
 class Origin:
-    """Serves any path: its content is its own target. `asked`: all targets, in order."""
+    """Serves any path: its content is its own target, and the version. `asked`: all targets, in order."""
 
     url: str = ""
+    version: str = ""
+    max_age: int = 600
     asked: list[str] = field(default_factory=list)
     serving: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -40,8 +42,9 @@ class Origin:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 method, target, _ = head.split(" ", 2)
                 self.asked.append(target)
-                body = target.encode()
-                lines = 'Content-Type: text/plain\r\nCache-Control: max-age=600\r\nETag: "1"\r\n'
+                body = (target + self.version).encode()
+                control, tag = f"Cache-Control: max-age={self.max_age}", f'ETag: "1{self.version}"'
+                lines = f"Content-Type: text/plain\r\n{control}\r\n{tag}\r\n"
                 writer.write(f"HTTP/1.1 200 OK\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode())
                 if method == "GET":
                     writer.write(body)
@@ -120,6 +123,30 @@ async def test_any_path_of_a_site(tmp_path: Path) -> None:
         assert (await get(stack.url(min(digests)))).status == 400, "a digest is no path"
         record = next((stack.volume / "records").glob(f"*/sha256-{hashlib.sha256(b'a/b.mp4').hexdigest()}"))
         assert json.loads(record.read_bytes())["name"] == "a/b.mp4"
+
+
+async def test_a_path_that_the_origin_replaces(tmp_path: Path) -> None:
+    """The id is a digest. A record that is read back does not tell where the origin has it, but for the name in it."""
+    paths = ["a/b.mp4", "my%20video.mp4", "caf%C3%A9.jpg?v=1", "x" * 1024, "plain"]
+    async with (
+        running_origin() as origin,
+        running_node(
+            tmp_path,
+            CATALOG__KIND="origin",
+            CATALOG__ORIGIN=origin.url + "{id}",
+            ORIGIN__QUERY="include",
+            ORIGIN__STALE_WHILE_REVALIDATE="0",
+        ) as stack,
+    ):
+        origin.max_age = 1
+        for path in paths:
+            await until_hit(stack, path)
+        origin.version = "-new"
+        for path in paths:
+            async with asyncio.timeout(30):
+                while not (answer := await get(stack.url(path))).body.endswith(b"-new"):
+                    assert answer.status == 200
+                    await asyncio.sleep(0.1)
 
 
 @pytest.mark.parametrize("query", ["include", "ignore"])

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,14 @@ async def test_a_turn_that_has_lasted_is_over_although_its_timer_has_not_fired()
     time.sleep(0.002)  # noqa: ASYNC251  the loop cannot run the timer
     with pytest.raises(StopIteration):
         turns.take().send(None)
+
+
+async def test_turns_that_last_are_not_shortened_by_the_timer_of_the_one_before() -> None:
+    turns = WaitingTurns(1, seconds=0.05)
+    begun: list[float] = []
+    for _ in range(6):
+        await turns.take()
+        begun.append(time.monotonic())
+        if len(begun) % 2:
+            time.sleep(0.06)  # noqa: ASYNC251  the timer is late, and the next turn begins without it
+    assert min(later - earlier for earlier, later in pairwise(begun)) >= 0.045

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from distributor_node.services.fetcher.scheduler import (
+    DISPLACEMENT_TIME,
     EVICTION_TIME,
     MIN_STAY,
     VIEWED_NOW,
@@ -382,8 +383,52 @@ async def test_paused_downloads_whose_room_others_need_are_asked_to_end_as_many_
         assert not any(slot.is_displaced for slot in slots), "the evictor may find other room"
         await one.later(EVICTION_TIME)
         assert [slot.is_displaced for slot in slots] == [True, True, False]
-        await one.later(EVICTION_TIME)
+        await one.later(DISPLACEMENT_TIME / 2)
         assert [slot.is_displaced for slot in slots] == [True, True, False], "their room counts"
+
+
+async def test_downloads_that_do_not_end_do_not_stand_for_others() -> None:
+    async with world(total=1, per_source=9) as one:
+        slots = await paused(one, 300, 300)
+        await want(one, 200)
+        await one.later(MIN_STAY)
+        await one.later(EVICTION_TIME)
+        assert [slot.is_displaced for slot in slots] == [True, False]
+        await one.later(DISPLACEMENT_TIME)
+        assert [slot.is_displaced for slot in slots] == [True, True]
+
+
+async def test_none_is_asked_to_end_where_all_together_would_not_be_enough() -> None:
+    async with world(total=1, per_source=9) as one:
+        slots = await paused(one, 300, 300)
+        await want(one, 5000)
+        await one.later(MIN_STAY)
+        await one.later(EVICTION_TIME)
+        assert not any(slot.is_displaced for slot in slots)
+
+
+async def test_the_second_worker_waits_for_what_the_first_one_gives() -> None:
+    async with world(total=1, per_source=9) as one:
+        [slot] = await paused(one, 300)
+        await want(one, 300)
+        await one.store.report_worker(WorkerReport("0", 8, 0, 0, 0.0), 3600)
+        await one.later(MIN_STAY)
+        await one.later(EVICTION_TIME)
+        assert not slot.is_displaced
+        await one.later(EVICTION_TIME)
+        assert slot.is_displaced
+
+
+async def test_a_download_keeps_its_room_from_when_it_was_reserved() -> None:
+    async with world(total=1, per_source=9) as one:
+        [slot] = await paused(one, 300)
+        await want(one, 300)
+        await one.later(MIN_STAY)
+        slot.take_room()
+        await one.later(EVICTION_TIME)
+        assert not slot.is_displaced
+        await one.later(MIN_STAY)
+        assert slot.is_displaced
 
 
 async def test_none_is_asked_to_end_for_room_that_the_evictor_has_made() -> None:
@@ -403,7 +448,7 @@ async def test_none_is_asked_to_end_for_room_that_the_evictor_has_made() -> None
 
 async def test_a_download_keeps_its_room_for_a_while_and_one_that_reads_keeps_it() -> None:
     async with world(total=2, per_source=9) as one:
-        await want(one, 500)
+        await want(one, 200)
         slots = await paused(one, 300)
         await one.take(job(2))
         await one.later(0.1)

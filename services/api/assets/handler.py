@@ -131,7 +131,7 @@ class AssetHandler:
         if file is None:
             return Hit.MISSING
         with closing(file):
-            stale = file.record
+            stale = replace(file.record, object_id=object_id)  # this one knows its path
             if self._revalidator is None or self._revalidator.may_send(
                 asset_request, stale, response.request_id
             ):

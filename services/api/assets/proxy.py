@@ -368,7 +368,8 @@ class Proxy:
         version = proxied.representation.version
         wanted = replace(proxied.media_object, validators=version.validators)
         must_match = version.if_range is not None and proxied.span.partial
-        has_many = self._of_client[proxied.client] > MANY_OF_ONE_CLIENT
+        # A peer asks on behalf of many clients.
+        has_many = proxied.response.hop != "peer" and self._of_client[proxied.client] > MANY_OF_ONE_CLIENT
         await proxied.response.take_request_turn(proxied.client if has_many else None)
         try:
             async with aclosing(

@@ -141,6 +141,7 @@ class Revalidator:
             media_type=record.media_type,
             sources=tuple(self._context.catalog.sources_of(object_id)),
             validators=record.validators,
+            name=object_id.path if object_id.is_digest else record.name,
         )
         claim, start = await self._starter.start(wanted, request_id, revalidates=asked_about)
         if claim is None or start.publish_failed.is_set():
