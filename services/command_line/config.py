@@ -147,8 +147,12 @@ def check_files(settings: Settings, *, online: bool) -> list[str]:
                 continue
             remark = f"{path} is not here, so it was not checked"
         except OSError as error:
-            problems.append(f"{name}: {path} cannot be read: {error.strerror}")
-            continue
+            verb = "written" if name == _LOG_FILE else "read"
+            said = f"{path} cannot be {verb}"
+            if not isinstance(error, PermissionError) or name == _FLEET_SECRET:
+                problems.append(f"{name}: {said}: {error.strerror}")
+                continue
+            remark = f"{said} by this user, so it was not checked"
         except InvalidInput as error:
             problems.append(f"{name}: {error}")
             continue
@@ -168,18 +172,28 @@ def _check_secret(path: Path) -> str:
 
 def _check_made_directory(path: Path) -> str:
     """Of a directory that a service makes if it is missing."""
-    nearest = next(one for one in (path, *path.parents, Path()) if os.path.lexists(one))
+    nearest = _nearest(path)
     if not nearest.is_dir():
         raise InvalidInput(f"expected a directory, got {path}: {nearest} is none")
     if nearest == path and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         return f"{path} cannot be written by this user; the services have to"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"{path} cannot be made or found by this user, below {nearest}; the services have to"
     return ""
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path, or the nearest directory above it that this user sees."""
+    return next(one for one in (path, *path.parents, Path()) if os.path.lexists(one))
 
 
 def _check_log(path: Path) -> str:
     """Of a file that the API makes, in a directory that it does not make."""
     if path.is_dir():
         raise InvalidInput(f"expected a file, got the directory {path}")
+    nearest = _nearest(path.parent)
+    if not nearest.is_dir():
+        raise InvalidInput(f"expected a file in a directory, got {path}: {nearest} is no directory")
     if not path.parent.is_dir():
         return f"the directory {path.parent} is not here, and the node does not make it"
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -206,13 +220,14 @@ def _check_cache_state(path: Path) -> str:
 
 
 _FLEET_SECRET = "peers.secret_file"  # noqa: S105 - a setting's name
+_LOG_FILE = "log.access_file"
 _CHECKS: Mapping[str, Callable[[Path], str]] = {
     _FLEET_SECRET: _check_secret,
     "storage.path": _check_made_directory,
     "storage.import_assets": _check_assets,
     "storage.import_cache_state": _check_cache_state,
     "metrics.multiprocess_dir": _check_made_directory,
-    "log.access_file": _check_log,
+    _LOG_FILE: _check_log,
 }
 """By setting. Each returns a remark, or nothing. Raises OSError, or InvalidInput for what cannot be used."""
 
@@ -226,14 +241,26 @@ def check_catalog(settings: Settings, *, online: bool) -> list[str]:
     """Return remarks. Raises ConfigurationError for an invalid manifest, with line, entry and rule, and for a catalog
     that cannot be reached or used, if `online`.
 
-    A manifest that is not there is an error only if `online`: settings may be checked on another machine.
+    A manifest that is not there, or that this user may not read, is an error only if `online`: settings may be checked
+    on another machine, and by another user.
     """
     manifest = settings.catalog.manifest
-    if settings.catalog.kind == "manifest" and not online and manifest is not None and not manifest.exists():
-        return [f"catalog.manifest: {manifest} is not here, so it was not checked"]
+    if settings.catalog.kind == "manifest" and not online and manifest is not None:
+        remark = _manifest_remark(manifest)
+        if remark:
+            return [f"catalog.manifest: {manifest} {remark}, so it was not checked"]
     if settings.catalog.kind == "manifest" or online:
         asyncio.run(_open_catalog(settings, online=online))
     return []
+
+
+def _manifest_remark(manifest: Path) -> str:
+    try:
+        if not manifest.exists():
+            return "is not here"
+    except PermissionError:
+        return "cannot be read by this user"
+    return "" if os.access(manifest, os.R_OK) else "cannot be read by this user"
 
 
 async def _open_catalog(settings: Settings, *, online: bool) -> None:

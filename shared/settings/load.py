@@ -210,11 +210,26 @@ def _parse(text: str, setting: FieldInfo) -> Any:
 
 def _parse_object(text: str) -> Any:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_with_unique_names)
+    except _GivenTwice:
+        raise
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, got {shown(text)}")
+    return found
+
+
+class _GivenTwice(ValueError):
+    """A name of a JSON object is given twice, as YAML cannot have it either."""
+
+
+def _with_unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _GivenTwice(f"{shown(name)} is given twice")
+        found[name] = value
     return found
 
 

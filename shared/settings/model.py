@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, field_validator, model_validator
 
 from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
 from distributor_node.shared.domain.eviction import AUTO_COST, PolicyName
@@ -27,6 +27,7 @@ from distributor_node.shared.settings.peers import PeerSettings
 from distributor_node.shared.settings.sizes import (
     AdmissionSize,
     MissCostSetting,
+    SettingsGroup,
     Size,
     WindowSize,
     format_size,
@@ -38,12 +39,6 @@ MIN_USABLE_SIZE = 64 * 1024  # bytes
 
 # Not structlog: settings are read before logs are configured, and a plain logger then writes to stderr
 logger = logging.getLogger(__name__)
-
-
-class SettingsGroup(BaseModel):
-    """A group of settings. Unknown names are rejected, so that a misspelt setting is not ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 FORMER_NAMES = {"evictor": {"duty_interval": "assignment_interval"}}

@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.peers import FleetRules
 from distributor_node.shared.domain.urls import parse_source_url
-from distributor_node.shared.settings.sizes import Size
+from distributor_node.shared.settings.sizes import SettingsGroup, Size
 
 _Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 _Weight = Annotated[float, Field(gt=0, le=1e9)]
 
 
-class PeerSettings(BaseModel):
+class PeerSettings(SettingsGroup):
     """Other nodes that act with this one as one cache. Off unless `urls` or `dns` is set. See docs/fleet.md."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     urls: tuple[str, ...] = ()
     """Base URLs of all nodes of the fleet, such as http://cell-a:3334, in any order. All nodes need the same list."""
@@ -41,7 +39,7 @@ class PeerSettings(BaseModel):
     operator_urls: tuple[str, ...] = ()
     """URLs of the operator APIs of all nodes, for orders with `--fleet`. Default: the hosts of `urls`, with
     `operator_api.port`. All nodes need the same operator secret."""
-    weights: dict[str, _Weight] = {}
+    weights: dict[str, _Weight] = Field(default={})
     """Weight by base URL; 1 for the others. Set them in proportion to the storage limits, where these differ."""
     keep_below: Size = Field(default=1024**2)
     """Objects up to so many bytes are kept by each node that serves them. Larger ones are kept by their home, and by
@@ -110,6 +108,13 @@ class PeerSettings(BaseModel):
     @field_validator("weights")
     @classmethod
     def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        given: dict[str, str] = {}  # by base URL, as the operator wrote it
+        for text in weights:
+            former = given.setdefault(_base_url(text), text)
+            if former != text:
+                raise ValueError(
+                    f"expected one weight for each node, got two for the same: {former!r}, {text!r}"
+                )
         return {_base_url(url): weight for url, weight in weights.items()}
 
     @model_validator(mode="after")

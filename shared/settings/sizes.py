@@ -1,17 +1,35 @@
-"""Sizes with units: 500G, 1.5 TiB, 1024, or off; numbers of things; settings that follow the traffic: auto, 30x."""
+"""What groups of settings are made of: their base class, and types for them.
+
+Sizes with units: 500G, 1.5 TiB, 1024, or off; numbers of things; settings that follow the traffic: auto, 30x.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema, field_validator
 
 from distributor_node.shared.domain.eviction.gdsf import AUTO_COST, MissCost
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)(i?b?)\s*\Z", re.IGNORECASE)
 _MAX_SIZE = 4096 * 1024**5
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+
+
+class SettingsGroup(BaseModel):
+    """A group of settings. Unknown names are rejected, so that a misspelt setting is not ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _check_path(cls, value: Any) -> Any:
+        """Refuse a path that no system call takes: it would be an error where the path is used, without the name."""
+        if isinstance(value, Path) and "\0" in str(value):
+            raise ValueError("expected a path without NUL characters")
+        return value
 
 
 def parse_size(value: object) -> int:

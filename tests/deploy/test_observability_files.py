@@ -110,6 +110,12 @@ def test_every_label_asked_for_is_declared(query: str) -> None:
     assert all(any(label in labels for labels in used) for label in in_groups)
 
 
+@pytest.mark.parametrize("query", queries())
+def test_what_does_not_count_as_an_error_does_not_count_as_a_request(query: str) -> None:
+    asked = re.findall(r"distributor_requests_total\{([^}]*)\}", query)
+    assert len({'cache!="absent"' in selector for selector in asked}) <= 1
+
+
 def test_the_dashboard_has_the_required_panels() -> None:
     titles = " / ".join(panel["title"].lower() for panel in panels())
     for wanted in (

@@ -23,7 +23,7 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
     read_operator_state,
     write_operator_state,
 )
-from distributor_node.shared.domain.objects import Assignment, ObjectId
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
     OperatorStateSnapshot,
@@ -309,6 +309,26 @@ async def test_orders_say_what_each_object_was_found_to_be(tmp_path: Path) -> No
         purged = await commands.purge(list(states))
         assert purged["purging"] == 7
         assert purged["objects"] == [{"id": name, "state": state} for name, state in states.items()]
+
+
+async def test_a_lookup_that_fails_does_not_hide_that_the_order_was_carried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with assets_harness(tmp_path) as harness:
+        harness.add("1", 1000)
+        look_up = harness.catalog.look_up
+
+        async def fail_for_two(object_id: ObjectId) -> MediaObject | None:
+            if object_id == "2":
+                raise RuntimeError("a mistake")
+            return await look_up(object_id)
+
+        monkeypatch.setattr(harness.catalog, "look_up", fail_for_two)
+        pinned = await commands_of(harness).pin([ObjectId("1"), ObjectId("2")])
+        assert [(one["state"], one["changed"]) for one in pinned["objects"]] == [
+            ("absent", True),
+            ("unchecked", True),
+        ]
 
 
 async def test_orders_need_no_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

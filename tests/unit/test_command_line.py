@@ -323,6 +323,7 @@ FLEET = {
     "DISTRIBUTOR_PEERS__OWN_URL": "http://a.example",
 }
 PATHS = [name for name, setting in all_settings().items() if setting.annotation in (Path, Path | None)]
+MADE = ("storage.path", "metrics.multiprocess_dir", "log.access_file")  # by the services
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -360,7 +361,46 @@ def test_check_reads_the_secret_of_a_fleet(manifest: Path, tmp_path: Path) -> No
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_check_says_that_a_log_cannot_be_written(manifest: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    done = check(manifest, DISTRIBUTOR_LOG__ACCESS_FILE=str(file / "access.log"))
+    assert done.returncode == 2
+    assert f"{file} is no directory" in done.stderr
+    long = tmp_path / ("a" * 300)
+    done = check(manifest, DISTRIBUTOR_LOG__ACCESS_FILE=str(long))
+    assert done.returncode == 2
+    assert f"log.access_file: {long} cannot be written: File name too long" in done.stderr
+
+
+@pytest.fixture
+def restricted(tmp_path: Path) -> None:
+    """Skip where modes of files bind nothing, as for root."""
+    closed = tmp_path / "restricted"
+    closed.mkdir(mode=0)
+    if os.access(closed, os.R_OK):
+        pytest.skip("this user may read and write everything")
+
+
+@pytest.mark.usefixtures("restricted")
+@pytest.mark.parametrize(("name", "mode"), [(name, 0) for name in PATHS] + [(name, 0o500) for name in MADE])
+def test_check_remarks_what_another_user_may_be_allowed_to_do(
+    name: str, mode: int, manifest: Path, tmp_path: Path
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    file = closed / "file"
+    if mode == 0:
+        file.touch()
+    closed.chmod(mode)
+    done = check(manifest, **FLEET, **{variable_of(name): str(file)})
+    closed.chmod(0o700)
+    assert done.returncode == (2 if name == "peers.secret_file" else 0), done.stderr
+    assert re.search(rf"^{name}: {re.escape(str(file))} cannot be .*", done.stderr, re.MULTILINE), done.stderr
+    assert ("cannot be read" not in done.stderr) == (name in MADE)
+
+
+@pytest.mark.usefixtures("restricted")
 def test_check_says_what_this_user_may_not_use(manifest: Path, tmp_path: Path) -> None:
     secret, volume = tmp_path / "secret", tmp_path / "volume"
     secret.write_text("sixteen bytes, or more\n")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from io import StringIO
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
 from distributor_node.services.api.dashboard.feed import (
+    MAX_DOWNLOADS,
     DownloadProgress,
+    Feed,
     GrowthRates,
     ProblemTimes,
     is_far_ahead,
@@ -21,9 +24,11 @@ from distributor_node.services.demo.objects import MIB
 from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import EvictionReason
+from distributor_node.shared.ports.state_store import Fetch, FetchPhase
 from distributor_node.shared.settings.model import FetchSettings
 from distributor_node.shared.settings.sizes import plural
 
+KIB = 1024
 ONE, TWO = ObjectId("1"), ObjectId("2")
 
 
@@ -67,6 +72,22 @@ class TestDownloads:
             _, sources = progress.observe(ONE, 0, f"{second}:80", now=second)
         assert len(sources) <= 20
         assert sources[-1] == "99:80"
+
+
+def test_paused_downloads_that_are_not_listed_do_not_count_as_running() -> None:
+    size = 100 * MIB
+    fetches = [
+        Fetch(ObjectId(f"{number}"), FetchPhase.FETCHING, size, "worker", None, 10, age=number)
+        for number in range(MAX_DOWNLOADS + 5)
+    ]
+    partial = {fetch.object_id: (Extents.of((0, 8 * MIB)), False) for fetch in fetches}
+    capacity = SimpleNamespace(running=0, free=1)
+    context = SimpleNamespace(fetch_capacity=capacity, settings=SimpleNamespace(fetch=FetchSettings()))
+    feed = Feed(cast("Any", context), cast("Any", None), cast("Any", None), cast("Any", None))
+    feed._downloads_as_json(fetches, partial, 1)
+    shown = feed._downloads_as_json(fetches, partial, 2)
+    assert len(shown["downloads"]) == MAX_DOWNLOADS
+    assert (shown["queue"]["downloads"], shown["queue"]["paused"]) == (0, MAX_DOWNLOADS + 5)
 
 
 def test_since_when_something_is_wrong() -> None:
@@ -166,25 +187,29 @@ def test_one_of_a_kind_is_told_in_the_singular() -> None:
 
 
 class TestFarAhead:
-    FETCH = FetchSettings(window_above=100, window=20)
+    """In KiB."""
+
+    FETCH = FetchSettings(window_above=200 * KIB, window=64 * KIB)
 
     @pytest.mark.parametrize(
         ("extents", "positions", "ahead"),
         [
-            ([(0, 50)], [30], True),
-            ([(0, 50)], [31], False),
-            ([(0, 50)], [], True),  # they have left
-            ([(0, 50), (180, 200)], [30, 190], True),  # the second one has the end
-            ([(0, 50)], [30, 120], False),
-            ([(0, 200)], [30], False),  # it is complete, and is being verified
+            ([(0, 94)], [30], True),
+            ([(0, 94)], [31], False),
+            ([(0, 94)], [], True),  # they have left
+            ([(0, 94), (340, 400)], [30, 350], True),  # the second one has the end
+            ([(0, 94)], [30, 220], False),
+            ([(0, 400)], [30], False),  # it is complete, and is being verified
         ],
     )
     def test_of_its_viewers(self, extents: list[tuple[int, int]], positions: list[int], ahead: bool) -> None:
-        assert is_far_ahead(200, Extents.of(*extents), positions, self.FETCH) is ahead
+        on_disk = Extents.of(*((first * KIB, end * KIB) for first, end in extents))
+        assert is_far_ahead(400 * KIB, on_disk, [place * KIB for place in positions], self.FETCH) is ahead
 
     def test_an_object_without_a_window_is_not(self) -> None:
-        assert not is_far_ahead(100, Extents.of((0, 50)), [10], self.FETCH)
-        assert not is_far_ahead(200, Extents.of((0, 50)), [10], FetchSettings(window_above=100, window=None))
+        extents, windowless = Extents.of((0, 94 * KIB)), FetchSettings(window_above=100, window=None)
+        assert not is_far_ahead(200 * KIB, extents, [10], self.FETCH)
+        assert not is_far_ahead(400 * KIB, extents, [10], windowless)
 
 
 SAID = {"hit": 1, "pending": 0, "miss": 0, "local": 5, "external": 0, "fetched": 0}

@@ -122,6 +122,24 @@ def test_a_wrong_file_is_a_sentence_that_names_the_setting(text: str, told: str,
     assert SECRET[:7] not in message
 
 
+@pytest.mark.parametrize(
+    "name", [path for path, field in all_settings().items() if field.annotation in (Path, Path | None)]
+)
+def test_a_path_with_nul_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    group, _, field = name.partition(".")
+    file = tmp_path / "settings.yaml"
+    file.write_text(f'{group}: {{{field}: "/tmp/a\\0b"}}\n')
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(file, {key: value for key, value in VALID.items() if key != variable_of(name)})
+    assert rf"{name}: expected a path without NUL characters, got '/tmp/a\x00b'" in str(caught.value)
+
+
+def test_two_weights_for_one_node_are_refused() -> None:
+    given = {"DISTRIBUTOR_PEERS__WEIGHTS": '{"http://a": 1, "http://a/": 2}'}
+    with pytest.raises(ConfigurationError, match="for the same: 'http://a', 'http://a/'"):
+        load_settings(None, VALID | given)
+
+
 def test_weights_of_peers_can_be_given_by_a_variable() -> None:
     given = {"DISTRIBUTOR_PEERS__WEIGHTS": '{"http://cell-a:3334/": 2, "http://cell-b:3334": 0.5}'}
     assert load_settings(None, VALID | given).peers.weights == {
@@ -138,6 +156,7 @@ def test_weights_of_peers_can_be_given_by_a_variable() -> None:
         ({"BUCKETS": "[0:1]"}, "BUCKETS: expected a JSON list, or values separated by commas, got '[0:1]'"),
         ({"BUCKETS": "[" * 100_000}, "BUCKETS: expected a JSON list"),
         ({"PEERS__WEIGHTS": "http://a=2"}, "PEERS__WEIGHTS: expected a JSON object, got 'http://a=2'"),
+        ({"PEERS__WEIGHTS": '{"http://a": 1, "http://a": 2}'}, "PEERS__WEIGHTS: 'http://a' is given twice"),
         ({"PEERS__WEIGHTS": "[2]"}, "PEERS__WEIGHTS: expected a JSON object, got '[2]'"),
         ({"PEERS__WEIGHTS": '{"http://a": "x"}'}, "peers.weights.http://a (DISTRIBUTOR_PEERS__WEIGHTS): expected a "),
         ({"JOB_QUEUE__RETRY_DELAYS": "5,soon"}, "job_queue.retry_delays[1] (DISTRIBUTOR_JOB_QUEUE__RETRY"),

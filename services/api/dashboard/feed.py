@@ -210,15 +210,18 @@ class Feed:
         begun.sort(key=lambda fetch: (fetch.phase is FetchPhase.PARKED, -fetch.age, fetch.object_id))
         waiting.sort(key=lambda fetch: -fetch.age)
         self._downloads.keep({fetch.object_id for fetch in begun})
+        fetching = sum(fetch.phase is FetchPhase.FETCHING for fetch in begun)
         downloads = [
             self._download(fetch, *partial.get(fetch.object_id, (Extents(), False)), viewers, now)
-            for fetch in begun[:MAX_DOWNLOADS]
+            for fetch in begun[
+                : max(fetching, MAX_DOWNLOADS)
+            ]  # more than are listed: the paused ones are counted
         ]
         paused = sum(one["paused"] for one in downloads)
         return {
-            "downloads": downloads,
+            "downloads": downloads[:MAX_DOWNLOADS],
             "queue": {
-                "downloads": sum(fetch.phase is FetchPhase.FETCHING for fetch in begun) - paused,
+                "downloads": fetching - paused,
                 "paused": paused,
                 "waiting": len(waiting),
                 "slotsBusy": self._context.fetch_capacity.running or 0,

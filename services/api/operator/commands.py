@@ -199,9 +199,13 @@ class OperatorCommands:
 
         async def look_up(object_id: ObjectId) -> None:
             async with places:
-                with suppress(CatalogUnavailable):
+                try:
                     found = await self._catalog.look_up(object_id)
                     states[object_id] = state_in_catalog(found, assignment)
+                except CatalogUnavailable:
+                    pass
+                except Exception:  # a mistake in a look-up must not hide that the command was carried out
+                    logger.exception("operator_lookup_failed", object_id=object_id)
 
         with suppress(TimeoutError):
             async with asyncio.timeout(_LOOKUP_TIMEOUT), asyncio.TaskGroup() as group:
