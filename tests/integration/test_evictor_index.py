@@ -402,6 +402,8 @@ async def test_leaders_that_come_and_go_do_not_prolong_a_view(state: FailingStor
             await state.record_accesses([Access(film, 1, now)])
             await leader.refresh()
         await leader.save(term)
-    entry = leader.policy.get(film)
+    last = EvictionIndex(state, volume, lambda: make_policy("gdsf"), lambda: NOW + 2000)
+    await last.load()
+    entry = last.policy.get(film)
     assert entry is not None
     assert 6 <= entry.frequency <= 12, "2,000 seconds are 7 windows"
