@@ -209,9 +209,16 @@ def demo_settings(
     return load_settings(file)
 
 
+def port_number(text: str) -> int:
+    """Read the argument of an option. Raises ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text[:20]!r}")
+    return int(text)
+
+
 def free_port_from(first: int, chosen: Collection[int] = ()) -> int:
     """Return the first free port from `first` on that is not `chosen` for something else."""
-    for port in range(first, first + _MAX_PORTS_TRIED):
+    for port in range(first, min(first + _MAX_PORTS_TRIED, 65536)):
         if port in chosen:
             continue
         with socket.socket() as probe:
@@ -260,11 +267,14 @@ Try:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make run", description="A standalone node with demo objects.")
     parser.add_argument(
-        "--port", type=int, default=FIRST_PUBLIC_PORT, help="public port; if it is in use, the next free one"
+        "--port",
+        type=port_number,
+        default=FIRST_PUBLIC_PORT,
+        help="public port; if it is in use, the next free one",
     )
     parser.add_argument(
         "--storage-node-port",
-        type=int,
+        type=port_number,
         default=FIRST_SOURCE_PORT,
         help="port of the demo page and the first storage node; if it is in use, the next free one",
     )

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote
 
 import yaml
 
@@ -371,7 +370,7 @@ _COMMON = re.compile(
     r'\S+ \S+ .*?\[(?P<time>[^\]]{1,40})\] "(?P<method>[A-Z]{1,10}) (?P<path>\S+)[^"]*"'
     r" (?P<status>\d{3}) (?P<bytes>\d+|-)"
 )
-_ASSET = re.compile(r"/assets/(?P<id>[^/?#]+)(?:[?#]|\Z)")
+_ASSET = re.compile(r"/assets/(?P<path>[^?#]+)")
 _CONTENT_STATUSES = frozenset({200, 206, 304})
 _MAX_BYTES = 2**63 - 1  # the most that a column of a recording can hold
 
@@ -562,7 +561,7 @@ def _count(name: str, field: str) -> int:
 
 def _object_in(path: str) -> ObjectId | None:
     found = _ASSET.search(path)
-    return None if found is None else ObjectId.parse(unquote(found["id"]))
+    return None if found is None else ObjectId.parse_path(found["path"])
 
 
 def _seconds(time: object) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from urllib.request import Request, urlopen
 import pytest
 
 from distributor_node.services.demo.objects import MIB
+from distributor_node.services.demo_run.__main__ import free_port_from, port_number
+from distributor_node.shared.domain.errors import ConfigurationError
 from tests.servers.redis_server import free_port
 
 
@@ -88,3 +91,14 @@ def test_a_demo_node_answers_as_it_says(tmp_path: Path, catalog: str) -> None:
         assert any("Demo squid" in line for line in said) == (catalog == "joystream")
         demo.send_signal(signal.SIGINT)
         assert demo.wait(30) == 0
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "abc", "-1"])
+def test_a_port_that_is_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a port from 1 to 65535, got"):
+        port_number(text)
+
+
+def test_the_last_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="no free port"):
+        free_port_from(65535, {65535})

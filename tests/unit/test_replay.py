@@ -87,6 +87,12 @@ def test_lines_of_every_format(line: str, meaning: LogLine) -> None:
     assert parse_line(line + "\n") == meaning
 
 
+def test_objects_that_are_named_by_paths() -> None:
+    found = parse_line(COMBINED.replace("assets/42", "assets/films/my%20film.mp4?x=1") + "\n")
+    assert found is not None
+    assert found.object_id == ObjectId.parse_path("films/my%20film.mp4")
+
+
 @pytest.mark.parametrize(
     "line",
     [
