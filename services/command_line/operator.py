@@ -77,6 +77,10 @@ def _fleet_clients(context: typer.Context) -> list[OperatorClient]:
     )
     if not urls:
         raise typer.BadParameter(f"--fleet: expected peers.urls or peers.dns in {config}")
+    if len(set(urls)) < len(urls):
+        raise typer.BadParameter(
+            "--fleet: expected a URL for each node, got one for several on the same host; set peers.operator_urls"
+        )
     client: OperatorClient = context.obj()
     return [client.at(url) for url in urls]
 

@@ -442,3 +442,19 @@ async def test_check_online_asks_a_squid_what_the_node_will_ask(schema: str, cod
         done = await asyncio.to_thread(distributor, "config", "check", "--online", **variables)
     assert done.returncode == code, done.stderr
     assert ("rejected the query" in done.stderr) == (code == 2)
+
+
+def test_orders_to_a_fleet_of_which_two_nodes_would_have_one_url(manifest: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "fleet.yml"
+    fields = {
+        "catalog": {"kind": "manifest", "manifest": str(manifest)},
+        "storage": {"path": str(tmp_path)},
+        "peers": {
+            "own_url": "http://10.0.0.1:3334",
+            "urls": ["http://10.0.0.1:3334", "http://10.0.0.1:3344"],
+        },
+    }
+    settings.write_text(json.dumps(fields), encoding="utf-8")
+    result = CliRunner().invoke(app, ["operator", "--config", str(settings), "purge", "--fleet", "1"])
+    assert result.exit_code == 2
+    assert "set peers.operator_urls" in " ".join(result.output.replace("│", " ").split())
