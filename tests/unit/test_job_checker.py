@@ -131,3 +131,34 @@ async def test_without_the_catalog_only_a_young_job_with_a_claim_is_believed(
     harness = await make([CatalogUnavailable("down")], claimed=claimed)
     asked = job(KNOWN, age)
     assert await harness.checker.check(asked) == (asked if believed else Retry("catalog: down"))
+
+
+class CatalogOfPaths:
+    """Knows an object by its path alone, as an origin does."""
+
+    def __init__(self, known: MediaObject) -> None:
+        self._known = known
+
+    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+        if object_id.path != "films/a%20b.mp4":
+            raise CatalogUnavailable("the digest does not tell the path")
+        return self._known
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+async def test_a_job_of_an_object_that_is_named_by_a_path_is_compared_too(*, claimed: bool) -> None:
+    named = ObjectId.parse_path("films/a%20b.mp4")
+    read_back = ObjectId(named)  # as from a message
+    known = replace(KNOWN, object_id=named, name=named.path)
+    state = MemoryStateStore(1_000_000, StateTimeouts(), lambda: NOW)
+    if claimed:
+        assert (await state.claim(named, "api-1")).won
+    ours = Assignment(frozenset({"0:1"}))
+    catalog = cast("Catalog", CatalogOfPaths(known))
+    checker = JobChecker(catalog, state, lambda: ours, max_age=60.0, clock=lambda: NOW)
+    forged = job(replace(known, object_id=read_back, sources=("http://other/x",)))
+    checked = await checker.check(forged)
+    assert isinstance(checked, FetchJob)
+    assert checked.media_object.sources == KNOWN.sources
+    unnamed = job(replace(forged.media_object, name="films/another.mp4"), age=3600)
+    assert isinstance(await checker.check(unnamed), Retry), "it is not the digest of that path"
