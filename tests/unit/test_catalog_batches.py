@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from distributor_node.shared.adapters.catalogs.batches import RateLimit
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.catalogs.shared_answers import SharedCatalog, SharedCatalogTtls
 from distributor_node.shared.adapters.volume.known_ids import KnownIds, KnownIdsDraft
 from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.ports.catalog import CacheLookup, SharedCatalogCache
 from tests.unit.test_cached_catalog import Clock, ScriptedCatalog
 
 LIMITS = CacheLimits(positive_ttl=100, negative_ttl=5, max_in_flight=1, wait=0.5, query_timeout=20)
@@ -69,6 +73,34 @@ async def test_a_page_of_objects_is_a_few_queries(inner: ScriptedCatalog) -> Non
     assert len(inner.asked) == 100
     assert len(inner.batches) <= 5
     await catalog.close()
+
+
+class CountingCache:
+    """A shared cache that holds nothing, and is quicker than the next request comes."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    async def get_or_lock(
+        self, object_ids: Sequence[ObjectId], owner: str, seconds: float
+    ) -> Sequence[CacheLookup]:
+        self.reads += 1
+        return [CacheLookup(None, owns_lock=True)] * len(object_ids)
+
+
+async def test_a_crowd_shares_reads_of_the_shared_cache_although_each_request_has_its_own_turn() -> None:
+    cache = CountingCache()
+    shared = SharedCatalog(cast("SharedCatalogCache", cache), SharedCatalogTtls(lock_ttl=1.0))
+    began = time.monotonic()
+    reading = []
+    for object_id in ids(1, 100):
+        reading.append(asyncio.create_task(shared.get_or_lock(object_id)))
+        for _ in range(5):
+            await asyncio.sleep(0)
+    await asyncio.gather(*reading)
+    spacing = 0.004  # the loop's clock may wake a task a little early
+    assert cache.reads <= 2 + (time.monotonic() - began) / spacing
+    assert cache.reads < 100
 
 
 async def test_a_query_outlives_the_wait_of_its_clients_and_its_answer_is_kept(

@@ -30,6 +30,20 @@ def test_clients_take_turns() -> None:
     assert set(taken(queued(("a", "1000"), *flood, ("b", "1001")), 3)) == {"1000", "99", "1001"}
 
 
+def test_clients_that_ask_again_at_once_do_not_keep_others_waiting() -> None:
+    """Those that were answered are the newest ones again: newest first alone, the same ones would fill every take."""
+    strangers = [(f"stranger-{number}", str(number)) for number in range(40)]
+    queue = queued(*strangers[:10], ("viewer", "wanted"), *strangers[10:])
+    made_up, takes = 40, 0
+    while ObjectId("wanted") in queue:
+        answered = queue.take(10)
+        takes += 1
+        for lookup in answered:
+            queue.add(ObjectId(str(made_up)), next(iter(lookup.clients)), made_up, seen_before=False)
+            made_up += 1
+        assert takes <= 10
+
+
 def test_the_newest_of_a_client_goes_first() -> None:
     assert taken(queued(("a", "1"), ("a", "2"), ("a", "3"))) == ["3", "2", "1"]
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from math import inf
 
 import structlog
@@ -92,11 +93,15 @@ class LookupQueue:
         return True
 
     def take(self, count: int, *, seen_only: bool = False) -> list[QueuedLookup]:
-        """Take the next look-ups out, at most `count`; with `seen_only`, none of objects that were not seen before."""
+        """Take the next look-ups out, at most `count`; with `seen_only`, none of objects that were not seen before.
+
+        Of each client the newest one, then of each the next. Where not all clients have their turn, the ones that came
+        last and the ones that have waited longest have it: see `_from_both_ends`.
+        """
         taken: list[QueuedLookup] = []
         for clients in (self._seen,) if seen_only else (self._seen, self._unseen):
             while clients and len(taken) < count:
-                for client in list(reversed(clients)):
+                for client in _from_both_ends(clients):
                     # An object that was just taken for another client may have been this client's last one.
                     if client in clients and len(taken) < count:
                         lookup = self._waiting[next(reversed(clients[client]))]
@@ -120,6 +125,17 @@ class LookupQueue:
 
     def _clients_of(self, lookup: QueuedLookup) -> _Clients:
         return self._seen if lookup.seen_before else self._unseen
+
+
+def _from_both_ends(clients: _Clients) -> Iterator[str]:
+    """The newest client, the one that has waited longest, the second newest, and so on.
+
+    In an overload the newest ones are answered in time. But clients that ask again as soon as they are answered are
+    always the newest ones: fifty of them would fill every query, and those before them would never have a turn.
+    """
+    newest, oldest = reversed(list(clients)), iter(list(clients))
+    pairs = (client for pair in zip(newest, oldest, strict=True) for client in pair)
+    return islice(pairs, len(clients))
 
 
 _GATHER = 0.005  # seconds that a look-up waits for others to be sent with

@@ -18,6 +18,9 @@ from distributor_node.shared.waiting import Backoff
 _FIRST_POLL, _MAX_POLL = 0.02, 0.25  # seconds between two looks at the shared cache
 _MAX_ROUND_TRIP = 100  # objects in one call of the shared cache
 _GATHER_ANSWERS = 0.01  # seconds that an answer waits for others to be shared with
+_READ_SPACING = 0.005
+"""Seconds between the begins of two reads. Requests begin in turns of the event loop of their own, so a round trip is
+over before the next one comes: without this, each of a crowd would have a round trip for itself."""
 
 logger = structlog.get_logger()
 
@@ -44,6 +47,7 @@ class SharedCatalog:
         self._outage = OutageLog(logger, down="catalog_cache_unavailable", up="catalog_cache_recovered")
         self._asked: list[tuple[ObjectId, asyncio.Future[CacheLookup]]] = []
         self._asking: asyncio.Task[None] | None = None
+        self._ask_at = 0.0  # when the next read may begin, on the loop's clock
         self._new: list[NewAnswer] = []
         self._putting: asyncio.Task[None] | None = None
 
@@ -80,7 +84,11 @@ class SharedCatalog:
 
     async def _ask(self, cache: SharedCatalogCache) -> None:
         """Ask for all objects that wait: one round trip at a time, so that what comes in between shares the next."""
+        loop = asyncio.get_running_loop()
         while self._asked:
+            if (early := self._ask_at - loop.time()) > 0:
+                await asyncio.sleep(early)
+            self._ask_at = loop.time() + _READ_SPACING
             asked, self._asked = self._asked[:_MAX_ROUND_TRIP], self._asked[_MAX_ROUND_TRIP:]
             found: Sequence[CacheLookup] = ()
             try:
