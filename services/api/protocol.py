@@ -16,6 +16,7 @@ from typing import Any
 from sanic import Request
 from sanic.exceptions import BadRequest, RequestTimeout, ServiceUnavailable
 from sanic.http import Http, Stage
+from sanic.models.server_types import ConnInfo
 from sanic.response import BaseHTTPResponse
 from sanic.server import HttpProtocol
 
@@ -31,6 +32,7 @@ RESPONSE_START_TIMEOUT = 60.0
 CLIENT_CLOSED_REQUEST = 499
 """Status in log and metrics of a request whose client left before the response started (nginx's 499)."""
 _MAX_CHECK_INTERVAL = 5.0
+_LOW_WATER, _HIGH_WATER = 16 * 1024, 64 * 1024  # bytes of the transport's write buffer, as Sanic sets them
 KEEPALIVE_DRAIN_GRACE = 1.0
 """Seconds after a stop in which an idle connection may send one more request. Its response announces the close.
 A request may be in flight, and a client whose connection is just closed cannot know whether it was processed."""
@@ -199,12 +201,16 @@ class PublicProtocol(HttpProtocol):
     - `keep_alive_timeout` for an idle connection
 
     Sanic counts from the last call of `send`. That aborts a paused player, and lets a slow head live for ever.
+
+    Sanic's task for the connection begins with the first bytes that are for it. It costs a third of what a new
+    connection costs, and most clients ask for hits alone.
     """
 
     HTTP_CLASS = ApiHttp
     for_peers = False  # whether this is the port for the other nodes of the fleet
     __slots__ = (
         "_abort_reason",
+        "_begun",
         "_check_interval",
         "_half_closed",
         "_since",
@@ -215,7 +221,8 @@ class PublicProtocol(HttpProtocol):
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
-        self._http = None  # until Sanic's task has started; the client may leave before
+        self._http: ApiHttp | None = None  # until Sanic's task has started; the client may leave before
+        self._begun = False  # the task was created
         self._abort_reason: str | None = None
         self._half_closed = False  # the client has sent all its requests
         self._watched: tuple[object, ...] = ()
@@ -233,19 +240,22 @@ class PublicProtocol(HttpProtocol):
         """Enforce the timeouts. Reschedules itself until the connection ends."""
         self._callback_check_timeouts = None
         http = self._http
-        if self._task is None or http is None or self.transport is None:
+        if self.transport is None or self.transport.is_closing():
             return
         now = monotonic()
         unsent = self._unsent()
-        watched = (http.stage, self._progress(), unsent)
+        watched = (Stage.IDLE if http is None else http.stage, self._progress(), unsent)
         if watched != self._watched:
             self._watched, self._since = watched, now
         if self._slow_clients is not None:
             self._slow_clients.observe(self, unsent, now)
         if not self._enforce_timeouts(http, now - self._since, now - self._time, unsent):
-            self._callback_check_timeouts = self.loop.call_later(
-                max(0.02, self._check_interval), self.check_timeouts
-            )
+            self._check_later()
+
+    def _check_later(self) -> None:
+        self._callback_check_timeouts: Any = self.loop.call_later(
+            max(0.02, self._check_interval), self.check_timeouts
+        )
 
     def _can_bypass(self) -> bool:
         """Whether Sanic waits for the first byte of a request and no write is pending."""
@@ -263,12 +273,41 @@ class PublicProtocol(HttpProtocol):
         return self.state["requests_count"]
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)  # type: ignore[no-untyped-call]
+        """Does what Sanic's does, but for the task and its description of the connection: see `_begin`."""
+        transport.set_write_buffer_limits(low=_LOW_WATER, high=_HIGH_WATER)
+        self.transport = transport
+        self.recv_buffer = bytearray()
+        self._time = monotonic()
+        self.connections.add(self)
+        self._check_later()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._begun:
+            self._begin()
+        super().data_received(data)
+
+    def _begin(self) -> None:
+        """Let Sanic serve the connection."""
+        self._begun = True
+        transport: Any = self.transport
+        self.conn_info = ConnInfo(transport, unix=self._unix)
+        self._task = self.loop.create_task(self.connection_task())  # type: ignore[no-untyped-call]
+
+    def _setup_connection(self) -> None:
+        """The first step of Sanic's task. Sanic's own checks the timeouts too, which is under way here."""
+        self._http = ApiHttp(self)  # type: ignore[no-untyped-call]
+        self._time = monotonic()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._slow_clients is not None:
             self._slow_clients.forget(self)
-        super().connection_lost(exc)  # type: ignore[no-untyped-call]
+        if self._callback_check_timeouts is not None:
+            self._callback_check_timeouts.cancel()
+        if self._begun:
+            super().connection_lost(exc)  # type: ignore[no-untyped-call]
+        else:
+            self.connections.discard(self)
+            self.resume_writing()  # type: ignore[no-untyped-call]
 
     def eof_received(self) -> bool:
         """Answer what the client has asked for before it closed its side. Idle connections are closed.
@@ -307,16 +346,17 @@ class PublicProtocol(HttpProtocol):
         ABORTED_RESPONSES.labels(reason=reason).inc()
         self.abort()
 
-    def _enforce_timeouts(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
+    def _enforce_timeouts(self, http: ApiHttp | None, unchanged: float, silent: float, unsent: int) -> bool:
         """Return whether a timeout has ended the connection.
 
-        `unchanged`: seconds in this stage without progress. `silent`: seconds since the last byte in either direction.
+        `http`: None until Sanic's task has begun. `unchanged`: seconds in this stage without progress. `silent`:
+        seconds since the last byte in either direction.
         """
         if unsent:
             if unchanged > self.response_timeout:
-                http.abort_response("client_stalled")
+                self.abort_response("client_stalled")
                 return True
-        elif http.stage is Stage.IDLE:
+        elif http is None or http.stage is Stage.IDLE:
             if silent > self.keep_alive_timeout:
                 return self._cancel()
         elif http.stage is Stage.REQUEST or (http.stage is Stage.HANDLER and http.request_body):
@@ -331,6 +371,8 @@ class PublicProtocol(HttpProtocol):
     def _cancel(self) -> bool:
         if self._task is not None:
             self._task.cancel()
+        else:
+            self.close()
         return True
 
     def _unsent(self) -> int:

@@ -236,7 +236,7 @@ class FastPathProtocol(PublicProtocol):
     def _progress(self) -> object:
         return super()._progress(), self._transfer.sender.sent if self._transfer is not None else 0
 
-    def _enforce_timeouts(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
+    def _enforce_timeouts(self, http: ApiHttp | None, unchanged: float, silent: float, unsent: int) -> bool:
         # While a body is sent the connection is not idle, although Sanic's stage is IDLE.
         return super()._enforce_timeouts(
             http, unchanged, 0.0 if self._transfer is not None else silent, unsent
