@@ -195,6 +195,32 @@ def _in_progress() -> float:
     return counted("distributor_requests_in_progress")
 
 
+async def test_a_client_of_hits_alone_has_no_task_of_the_framework(harness: AssetsHarness) -> None:
+    def tasks() -> list[Any]:
+        return [
+            one for one in asyncio.all_tasks() if getattr(one.get_coro(), "__name__", "") == "connection_task"
+        ]
+
+    reader, writer = await harness.connect()
+    for more, expected in (
+        ("", 0),
+        ("X-Sendfile-Type: none\r\n", 1),
+        ("", 1),
+    ):  # the fast path, Sanic's, the fast path
+        writer.write(ask("1", more))
+        assert (await read_answer(reader))[1] == harness.data["1"]
+        assert len(tasks()) == expected
+    writer.close()
+    await eventually(lambda: not tasks())
+
+
+async def test_a_connection_without_a_request_is_closed(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path, keep_alive_timeout=0.2) as harness:
+        reader, _ = await harness.connect()
+        async with asyncio.timeout(10):
+            assert not await reader.read()
+
+
 async def test_an_idle_connection_is_closed_after_fast_answers(tmp_path: Path) -> None:
     """Neither while a client asks in time, nor while a body is sent, however long that takes."""
     async with assets_harness(tmp_path, keep_alive_timeout=1.5) as harness:
