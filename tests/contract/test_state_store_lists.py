@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import aclosing
 
 from distributor_node.shared.domain.eviction import PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
@@ -46,6 +47,22 @@ class TestLists:
             await harness.store.adopt(term, IndexEntry(object_id, 1, 1, 1.0))
         assert set(await harness.entry_generations()) == wanted
         assert (await harness.store.usage()).objects == 1500
+
+    async def test_a_reader_of_entries_may_leave(self, harness: Harness) -> None:
+        """Nothing goes on for it: the page that was asked for ahead is given up."""
+        term = await harness.reconciled()
+        ids = [ObjectId(f"object-{number}") for number in range(5000)]
+        for at in range(0, len(ids), 1000):
+            await harness.store.adopt_many(
+                term, [IndexEntry(object_id, 1, 1, 1.0) for object_id in ids[at : at + 1000]]
+            )
+        before = asyncio.all_tasks()
+        async with aclosing(harness.other.entries()) as batches:  # type: ignore[type-var]
+            async for batch in batches:
+                assert 0 < len(batch) < len(ids)
+                break
+        assert asyncio.all_tasks() <= before
+        assert set(await harness.entry_generations()) == set(ids)
 
     async def test_one_entry_is_what_the_whole_list_says_of_it(self, harness: Harness) -> None:
         term = await harness.reconciled()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -79,6 +81,7 @@ from distributor_node.shared.ports.state_store import (
     Term,
     WorkerReport,
 )
+from distributor_node.shared.waiting import cancel_and_wait
 
 logger = structlog.get_logger()
 
@@ -416,25 +419,43 @@ class RedisStateStore:
         await self._run_as_leader("set_accounted", term)
 
     async def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
-        cursor = 0
-        while True:
+        async with aclosing(self._pages()) as pages:
+            async for found in pages:
+                entries, unreadable = [], []
+                for object_id, packed in found.items():
+                    entry = read_entry(object_id, packed)
+                    if entry is None:
+                        unreadable.append(object_id)
+                    else:
+                        entries.append(entry)
+                if unreadable:
+                    # Their files are adopted again by the next reconciliation, as those of an emptied store.
+                    logger.error("index_records_dropped", records=len(unreadable))
+                    await self._connection.run("drop_unreadable", "", *unreadable)
+                if entries:
+                    yield entries
+
+    async def _pages(self) -> AsyncGenerator[dict[bytes, bytes], None]:
+        """The index, page by page. The server makes the next page while this process is busy with one."""
+
+        def ask(cursor: int) -> asyncio.Task[Any]:
             scan = ("HSCAN", self._connection.keys.objects, cursor, "COUNT", _ENTRIES_BATCH)
-            cursor, found = await self._connection.command(*scan)
-            entries, unreadable = [], []
-            for object_id, packed in found.items():
-                entry = read_entry(object_id, packed)
-                if entry is None:
-                    unreadable.append(object_id)
-                else:
-                    entries.append(entry)
-            if unreadable:
-                # Their files are adopted again by the next reconciliation, as those of an emptied store.
-                logger.error("index_records_dropped", records=len(unreadable))
-                await self._connection.run("drop_unreadable", "", *unreadable)
-            if entries:
-                yield entries
-            if cursor == 0:
-                return
+            return asyncio.create_task(self._connection.command(*scan), name="index-page")
+
+        asked = ask(0)
+        try:
+            while True:
+                cursor, found = await asked
+                if cursor == 0:
+                    yield found
+                    return
+                asked = ask(cursor)
+                await asyncio.sleep(0)  # it is sent
+                yield found
+        finally:
+            await cancel_and_wait(asked)
+            if not asked.cancelled():
+                asked.exception()  # retrieved: the reader has left, so no one else does
 
     async def fetches(self) -> Sequence[Fetch]:
         found = await self._connection.run("fetches", "", milliseconds(self._timeouts.lost_job_seconds))
