@@ -43,6 +43,10 @@ Fleet = Annotated[
     typer.Option("--fleet", help="At all nodes of the fleet (needs --config), with a result for each."),
 ]
 
+Force = Annotated[
+    bool, typer.Option("--force", help="Also if the catalog has no such bucket, or no bucket of the worker.")
+]
+
 
 @app.callback()
 def options(
@@ -153,9 +157,11 @@ def shutdown(context: typer.Context) -> None:
 
 
 @app.command("set-worker")
-def set_worker(context: typer.Context, worker_id: Annotated[int, typer.Argument(min=0)]) -> None:
-    """Serve the buckets of this worker."""
-    _run(context, lambda client: client.command("set-worker", {"workerId": worker_id}))
+def set_worker(
+    context: typer.Context, worker_id: Annotated[int, typer.Argument(min=0)], force: Force = False
+) -> None:
+    """Serve the buckets of this worker. What is not in them is removed. reset-assignment undoes it."""
+    _assign(context, "set-worker", {"workerId": worker_id}, force=force)
 
 
 @app.command("set-buckets")
@@ -163,11 +169,36 @@ def set_buckets(
     context: typer.Context,
     buckets: Annotated[list[str] | None, typer.Argument(metavar="BUCKET…", help="Such as 0:1 0:2.")] = None,
     all_of_worker: Annotated[bool, typer.Option("--all", help="All buckets of the worker.")] = False,
+    force: Force = False,
 ) -> None:
-    """Serve these buckets, or all buckets of the worker."""
+    """Serve these buckets, or all buckets of the worker. What is not in them is removed. reset-assignment undoes it."""
     if bool(buckets) == all_of_worker:
         raise typer.BadParameter("expected bucket ids, or --all")
-    _run(context, lambda client: client.command("set-buckets", {"buckets": buckets} if buckets else {}))
+    _assign(context, "set-buckets", {"buckets": buckets} if buckets else {}, force=force)
+
+
+@app.command("reset-assignment")
+def reset_assignment(context: typer.Context) -> None:
+    """Serve what the settings say again, instead of what set-buckets and set-worker have set."""
+    _run(context, lambda client: client.command("reset-assignment"))
+
+
+def _assign(context: typer.Context, name: str, body: dict[str, Any], *, force: bool) -> None:
+    def execute(client: OperatorClient) -> dict[str, Any]:
+        try:
+            response = client.command(name, body if force else {**body, "check": True})
+        except OperatorError as error:
+            if error.kind in ("unknown_bucket", "unknown_worker"):
+                raise OperatorError(f"{error}. --force sets it all the same") from error
+            raise
+        if not force and not response["checked"]:
+            print(
+                "distributor: the catalog could not be asked whether it has such buckets: set without a check",
+                file=sys.stderr,
+            )
+        return response
+
+    _run(context, execute)
 
 
 @app.command()
@@ -394,6 +425,11 @@ def _run_at_all(
 class OperatorError(Exception):
     """The node rejected the request, or cannot be reached. The message says why."""
 
+    def __init__(self, message: str, kind: str = "") -> None:
+        """`kind`: the `type` of the node's response, such as `unknown_bucket`."""
+        super().__init__(message)
+        self.kind = kind
+
 
 class OperatorClient:
     """`url`: of the operator API, such as http://127.0.0.1:3335."""
@@ -444,6 +480,8 @@ class OperatorClient:
                 f"{self.url} is not an operator API: it responded {response.status_code} without JSON"
             ) from error
         if not response.is_success or not isinstance(result, dict):
-            message = result.get("message", "") if isinstance(result, dict) else ""
-            raise OperatorError(f"{response.status_code} {message}")
+            rejection = result if isinstance(result, dict) else {}
+            raise OperatorError(
+                f"{response.status_code} {rejection.get('message', '')}", rejection.get("type", "")
+            )
         return result

@@ -84,8 +84,16 @@ async def test_operator_state_survives_sigkill(operated: tuple[Harness, Operator
     harness.publish([generated_object("1", 1000)])
     node = harness.stack.add("standalone")
     await node.healthy()
-    assert (await ordered(operator, "set-buckets", "5:5", "6:6"))["buckets"] == ["5:5", "6:6"]
-    assert (await ordered(operator, "set-worker", "7"))["workerId"] == 7
+    refused = await command(operator, "set-buckets", "0:1", "5:5")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == (
+        "distributor: 409 buckets: expected buckets of the catalog (0:1), got 5:5. --force sets it all the same\n"
+    )
+    assert (await ordered(operator, "set-buckets", "0:1"))["checked"]
+    assert (await ordered(operator, "reset-assignment"))["buckets"] is None
+    forced = await ordered(operator, "set-buckets", "5:5", "6:6", "--force")
+    assert forced["buckets"] == ["5:5", "6:6"]
+    assert (await ordered(operator, "set-worker", "7", "--force"))["workerId"] == 7
     assert (await ordered(operator, "pin", "1", "2"))["pinned"] == 2
     await kept(harness, ['"worker_id": 7', '"2"'])
     await again(node)

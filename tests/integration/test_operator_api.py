@@ -111,6 +111,7 @@ async def test_everything_is_a_conflict_once_the_node_shuts_down(tmp_path: Path)
             "start-api": None,
             "set-worker": {"workerId": 1},
             "set-buckets": {},
+            "reset-assignment": None,
             "drain": {"on": True},
             "pin": {"ids": ["1"]},
             "unpin": {"ids": ["1"]},
@@ -230,6 +231,54 @@ async def test_with_buckets_and_worker_the_buckets_decide_until_reset(tmp_path: 
         assert (shown["workerId"], shown["buckets"]) == (3, ["0:1"])
         shown = await operator.command("set-buckets", {})
         assert (shown["workerId"], shown["buckets"]) == (3, None)
+
+
+async def test_buckets_that_do_not_exist_are_refused_if_the_operator_wants_to_know(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, operator):
+        body = {"buckets": ["0:1", "5:5"], "check": True}
+        answer = await operator.ask("POST", "set-buckets", body)
+        assert (answer.status, answer.json()) == (
+            409,
+            {"type": "unknown_bucket", "message": "buckets: expected buckets of the catalog (0:1), got 5:5"},
+        )
+        assert (await operator.query("orders"))["buckets"] is None
+        answer = await operator.ask("POST", "set-worker", {"workerId": 7, "check": True})
+        assert (answer.status, answer.json()["type"]) == (409, "unknown_worker")
+        assert answer.json()["message"].endswith(
+            "a worker with buckets in the catalog, got 7, which has none"
+        )
+        shown = await operator.command("set-buckets", {"buckets": ["0:1"], "check": True})
+        assert (shown["buckets"], shown["checked"]) == (["0:1"], True)
+        shown = await operator.command("set-buckets", {**body, "check": False})
+        assert (shown["buckets"], shown["checked"]) == (["0:1", "5:5"], False)
+        await operator.command("set-worker", {"workerId": 7})
+        answer = await operator.ask("POST", "set-buckets", {"check": True})
+        assert (answer.status, answer.json()["type"]) == (409, "unknown_worker")
+
+
+async def test_buckets_are_set_although_the_catalog_does_not_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands_module, "_BUCKETS_TIMEOUT", 0.1)
+    async with operated(tmp_path) as (api, operator):
+        never = asyncio.Event()
+
+        async def bucket_ids(worker_id: int | None = None) -> tuple[str, ...]:
+            await never.wait()
+            return ()
+
+        monkeypatch.setattr(api.context.catalog, "bucket_ids", bucket_ids)
+        shown = await operator.command("set-buckets", {"buckets": ["5:5"], "check": True})
+        assert (shown["buckets"], shown["checked"]) == (["5:5"], False)
+
+
+async def test_the_assignment_of_the_settings_comes_back(tmp_path: Path) -> None:
+    async with operated(tmp_path, buckets=["0:1"], worker_id=3) as (_, operator):
+        await operator.command("set-buckets", {"buckets": ["5:5"]})
+        await operator.command("set-worker", {"workerId": 7})
+        await operator.command("drain", {"on": True})
+        shown = await operator.command("reset-assignment")
+        assert (shown["workerId"], shown["buckets"], shown["draining"]) == (3, ["0:1"], True)
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=000010000000", "limit=%D9%A1", "limit="])

@@ -104,10 +104,12 @@ def build_operator_app(
     application.ctx.fast_path = None
 
     async def set_worker(body: Any) -> dict[str, Any]:
-        return await commands.set_worker(bodies.parse_worker(body))
+        worker_id, check = bodies.parse_worker(body)
+        return await commands.set_worker(worker_id, check=check)
 
     async def set_buckets(body: Any) -> dict[str, Any]:
-        return await commands.set_buckets(bodies.parse_buckets(body))
+        buckets, check = bodies.parse_buckets(body)
+        return await commands.set_buckets(buckets, check=check)
 
     async def drain(body: Any) -> dict[str, Any]:
         return await commands.drain(bodies.parse_toggle(body))
@@ -129,6 +131,7 @@ def build_operator_app(
     _add(application, authenticator, "stop-api", _without_arguments(commands.stop))
     _add(application, authenticator, "start-api", _without_arguments(commands.start))
     _add(application, authenticator, "shutdown", _without_arguments(commands.shut_down))
+    _add(application, authenticator, "reset-assignment", _without_arguments(commands.reset_assignment))
     for command in (set_worker, set_buckets, drain, pin, unpin, purge, warm):
         _add(application, authenticator, command.__name__.replace("_", "-"), command)
     _add_queries(application, authenticator, commands, queries)

@@ -70,12 +70,23 @@ def _paths() -> Json:
             conflict=f"Not stopped; {_SHUTTING_DOWN}",
         ),
         "shutdown": _command("shutdown", "End every API process, with exit code 0", _body(EmptyBody)),
-        "set-worker": _command("setWorker", "Serve as this worker", _body(WorkerBody)),
+        "set-worker": _command(
+            "setWorker",
+            "Serve as this worker",
+            _body(WorkerBody),
+            "Assigned",
+            conflict=f"With `check`, and the catalog knows no bucket of the worker; {_SHUTTING_DOWN}",
+        ),
         "set-buckets": _command(
             "setBuckets",
             "Serve these buckets, or without `buckets` all of the worker",
             _body(BucketsBody),
-            conflict=f"Without `buckets`, and no worker is known; {_SHUTTING_DOWN}",
+            "Assigned",
+            conflict=f"With `check`, and the catalog does not have them; without `buckets`, and no worker is known; "
+            f"{_SHUTTING_DOWN}",
+        ),
+        "reset-assignment": _command(
+            "resetAssignment", "Serve the buckets or the worker of the settings again", _body(EmptyBody)
         ),
         "drain": _command("drain", "Serve what is cached, take no new fetches", _body(ToggleBody)),
         "purge": _command(
@@ -238,15 +249,24 @@ _STATE: Json = {
     "it. `not_uploaded`, `unassigned`: as the catalog says. `unchecked`: not here, and the catalog did not reply.",
 }
 
+_ORDERS: Json = {
+    "stopped": _FLAG,
+    "draining": _FLAG,
+    "shuttingDown": _FLAG,
+    "workerId": _or_null({"type": "integer"}),
+    "buckets": _or_null(array(BUCKET_ID_SCHEMA)),
+}
+
 SCHEMAS: dict[str, Any] = {
     "ObjectId": OBJECT_ID_SCHEMA,
     "Error": _closed(type=_TEXT, message=_TEXT),
-    "Orders": _closed(
-        stopped=_FLAG,
-        draining=_FLAG,
-        shuttingDown=_FLAG,
-        workerId=_or_null({"type": "integer"}),
-        buckets=_or_null(array(BUCKET_ID_SCHEMA)),
+    "Orders": _closed(**_ORDERS),
+    "Assigned": _closed(
+        **_ORDERS,
+        checked={
+            **_FLAG,
+            "description": "Whether the catalog has been asked. False also if it has not replied in time.",
+        },
     ),
     "Purging": _closed(
         purging=count("Objects that are removed if they are here."),
