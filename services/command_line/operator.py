@@ -259,6 +259,8 @@ def warm(
             progress = client.command("warm", scope)
             if wait:
                 progress = _watch(client)
+            if progress["state"] == "finished" and progress["reason"]:
+                raise OperatorError(f"the warming has ended early: {progress['reason']}")
         return progress
 
     _run(context, execute, fleet=fleet)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import pytest
 from distributor_node.services.demo.objects import MIB, generated_object
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
-from tests.end_to_end.operator_client import OperatorClient, refuses_connections
+from tests.end_to_end.operator_client import OperatorClient, command, refuses_connections
 from tests.end_to_end.stack import ServiceProcess
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
@@ -29,32 +26,6 @@ def operated(alone: Harness) -> tuple[Harness, OperatorClient]:
     operator = OperatorClient(free_port())
     alone.stack.environment.update(operator.environment)
     return alone, operator
-
-
-async def command(
-    operator: OperatorClient, *arguments: str, stdin: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """`distributor operator …`, with the secret in its environment unless that says otherwise."""
-    given = {"DISTRIBUTOR_OPERATOR_API__SECRET": SECRET, **environment}
-    url = f"http://127.0.0.1:{operator.port}"
-    return await asyncio.to_thread(
-        subprocess.run,
-        [
-            sys.executable,
-            "-m",
-            "distributor_node.services.command_line",
-            "operator",
-            "--url",
-            url,
-            *arguments,
-        ],
-        env={**os.environ, **given},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
 
 
 async def ordered(operator: OperatorClient, *arguments: str) -> Any:

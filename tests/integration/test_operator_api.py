@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from distributor_node.services.api.operator import commands as commands_module
+from distributor_node.services.api.operator import warming as warming_module
 from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.operator.commands import MAX_PINS, OperatorCommands
 from distributor_node.shared.adapters.state_common import StateTimeouts
@@ -23,6 +24,7 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
     read_operator_state,
     write_operator_state,
 )
+from distributor_node.shared.domain.errors import CatalogUnavailable
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
@@ -34,7 +36,7 @@ from distributor_node.shared.domain.operator_state import (
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, exchange
-from tests.end_to_end.operator_client import OperatorClient
+from tests.end_to_end.operator_client import OperatorClient, command
 from tests.integration.assets_harness import AssetsHarness, assets_harness
 from tests.servers.api_fixture import FakeAssets, RunningApi, running_api
 from tests.servers.operator_token import SECRET, sign
@@ -306,6 +308,39 @@ async def test_one_warming_at_a_time(tmp_path: Path) -> None:
         assert await state.lease_warming("another process", 60) is not None
         answer = await operator.ask("POST", "warm", {"all": True})
         assert (answer.status, answer.json()["type"]) == (409, "already_warming")
+
+
+ORIGIN = {"kind": "origin", "origin": "http://127.0.0.1:9/{id}"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [(["--all"], "all"), (["--bucket", "0:1"], "bucket"), (["--all", "--no-wait"], "all")],
+)
+async def test_a_catalog_that_cannot_list_needs_ids_to_warm(
+    tmp_path: Path, arguments: list[str], field: str
+) -> None:
+    async with operated(tmp_path, catalog=ORIGIN) as (_, operator):
+        done = await command(operator, "warm", *arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        expected = "expected ids, since the catalog of this node cannot list its objects"
+        assert f"409 {field}: {expected}, got {field}\n" in done.stderr
+        assert (await operator.query("warm"))["state"] == "none"
+
+
+async def test_a_warming_that_has_ended_early_is_an_error_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warming_module, "_LISTING_RETRY_DELAY", 0.0)
+    async with operated(tmp_path) as (api, operator):
+
+        def list_objects(assignment: Assignment) -> AsyncIterator[list[MediaObject]]:
+            raise CatalogUnavailable("the squid is away")
+
+        monkeypatch.setattr(api.context.catalog, "list_objects", list_objects)
+        done = await command(operator, "warm", "--all")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "distributor: the warming has ended early: the squid is away\n" in done.stderr
 
 
 async def test_pins_are_bounded(tmp_path: Path) -> None:

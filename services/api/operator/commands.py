@@ -191,6 +191,12 @@ class OperatorCommands:
 
     async def warm(self, scope: WarmingScope) -> Warming:
         await self._reject_if_shutting_down()
+        if scope.object_ids is None and not self._catalog.can_list:
+            field = "all" if scope.bucket_id is None else "bucket"
+            message = (
+                f"{field}: expected ids, since the catalog of this node cannot list its objects, got {field}"
+            )
+            raise HttpError(409, message, "cannot_list")
         warming = await self._state.start_warming(scope)
         if warming is None:
             raise HttpError(409, "Another warming is in progress", "already_warming")

@@ -106,7 +106,8 @@ def _paths() -> Json:
                 _one_of(WARMING_BODIES),
                 "Warming",
                 description="At low priority, and only as long as there is room: nothing is evicted for it.",
-                conflict=f"Another warming is in progress; {_SHUTTING_DOWN}",
+                conflict="Another warming is in progress; without ids, and the catalog cannot list its objects; "
+                f"{_SHUTTING_DOWN}",
             ),
             **_query("warming", "Progress of the latest warming", "Warming"),
         },
