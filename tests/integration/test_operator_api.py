@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from distributor_node.services.api.operator import commands as commands_module
+from distributor_node.services.api.operator import explain as explain_module
 from distributor_node.services.api.operator import warming as warming_module
 from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.operator.commands import MAX_PINS, OperatorCommands
@@ -34,6 +35,7 @@ from distributor_node.shared.domain.operator_state import (
     encode_snapshot,
 )
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.process_reports import RemovedObject, ReportContent
 from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, exchange
 from tests.end_to_end.operator_client import OperatorClient, command
@@ -294,6 +296,16 @@ async def test_one_object_is_explained_to_the_operator_alone(tmp_path: Path) -> 
         await api.context.state.change_pins(pin=[ObjectId("7")])
         explained = await operator.query("cache/7")
         assert (explained["id"], explained["state"], explained["pinned"]) == ("7", "absent", True)
+        assert explained["words"] == [
+            "It is not here, and is not being fetched.",
+            "An operator has pinned it, so it is never evicted to make room.",
+            "The catalog says that it has not been uploaded yet.",
+        ]
+        nowhere = await operator.query("cache/nowhere")
+        assert (nowhere["state"], nowhere["words"][-1]) == (
+            "absent",
+            "The catalog says that it does not exist.",
+        )
         assert (await operator.query("cache/a/b%20c"))["id"] == ObjectId.parse_path("a/b%20c")
         assert (await operator.ask("GET", "cache/7", token="x")).status == 401
         for malformed in ("", "..", "a%00b", "a%2Fb", "x" * 1025):
@@ -308,6 +320,41 @@ async def test_one_warming_at_a_time(tmp_path: Path) -> None:
         assert await state.lease_warming("another process", 60) is not None
         answer = await operator.ask("POST", "warm", {"all": True})
         assert (answer.status, answer.json()["type"]) == (409, "already_warming")
+
+
+async def test_the_removal_of_an_object_is_explained(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        removed = RemovedObject(id="8", at=time.time(), bytes=5000, reason="purged")
+        evictor = {
+            "kind": "evictor",
+            "host": "node",
+            "process": 1,
+            "started": 0,
+            "interval": 60,
+            "leads": True,
+        }
+        content = ReportContent(**evictor, removed=[removed])  # type: ignore[arg-type]
+        await api.context.state.report_process("evictor-1", content.model_dump_json(), 60)
+        words = (await operator.query("cache/8"))["words"]
+        assert words[1:] == [
+            "It was removed 0 s ago: an operator purged it.",
+            "The catalog says that it does not exist.",
+        ]
+
+
+async def test_a_catalog_that_does_not_reply_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain_module, "CATALOG_TIMEOUT", 0.1)
+    async with operated(tmp_path) as (api, operator):
+        never = asyncio.Event()
+
+        async def look_up(object_id: ObjectId) -> None:
+            await never.wait()
+
+        monkeypatch.setattr(api.context.catalog, "look_up", look_up)
+        words = (await operator.query("cache/8"))["words"]
+        assert words[-1] == "The catalog cannot be asked at the moment: no reply within 0.1 s."
 
 
 ORIGIN = {"kind": "origin", "origin": "http://127.0.0.1:9/{id}"}

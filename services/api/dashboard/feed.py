@@ -17,14 +17,13 @@ from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.dashboard.history import STEP, CounterSum, History
 from distributor_node.services.api.health import HealthChecks
-from distributor_node.services.api.operator.explain import ObjectExplainer, in_words, removal_reason
-from distributor_node.services.api.status import UsageReader
-from distributor_node.shared.domain.errors import (
-    CatalogUnavailable,
-    InvalidInput,
-    StateStoreUnavailable,
-    VolumeError,
+from distributor_node.services.api.operator.explain import (
+    ObjectExplainer,
+    explanation_in_words,
+    removal_reason,
 )
+from distributor_node.services.api.status import UsageReader
+from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.domain.source_order import rank
@@ -37,7 +36,6 @@ from distributor_node.shared.runtime.process_reports import (
     read_reports,
 )
 from distributor_node.shared.settings.model import FetchSettings
-from distributor_node.shared.settings.sizes import plural
 from distributor_node.shared.waiting import cancel_and_wait
 
 MAX_DOWNLOADS, MAX_QUEUED, MAX_SOURCES, MAX_VIEWERS, MAX_PROCESSES = 40, 20, 50, 50, 100
@@ -429,30 +427,9 @@ class Feed:
         if explained["state"] == "absent" and not self._context.catalog.can_have(object_id):
             raise InvalidInput(f"malformed object id: this node's catalog has no such ids, got {object_id!r}")
         known = self._removed.get(object_id)
+        words = await explanation_in_words(self._context, explained, known)
         removed = None if known is None else known.model_dump(exclude_none=True)
-        catalog = None
-        if explained["state"] in ("absent", "failed"):
-            catalog = await self._catalog_says(object_id)
-        return {"words": in_words(explained, removed, catalog), "removed": removed, **explained}
-
-    async def _catalog_says(self, object_id: ObjectId) -> str:
-        context = self._context
-        if not context.catalog.can_have(object_id):
-            return "The catalog cannot have an object with such an id."
-        try:
-            found = await context.catalog.look_up(object_id)
-        except CatalogUnavailable as error:
-            return f"The catalog cannot be asked at the moment: {error}."
-        if found is None:
-            return "The catalog says that it does not exist."
-        if not context.assignment.current.covers(found):
-            return "The catalog says that it exists, in buckets that are not assigned to this node."
-        if not found.accepted:
-            return "The catalog says that it has not been uploaded yet."
-        if found.size is not None and found.size > context.settings.storage.largest_cached_size:
-            return "It is larger than the largest object that this node caches, so it is always proxied."
-        sources = plural(len(found.sources), "source")
-        return f"The catalog knows it, at {sources}: the first request fetches it."
+        return {"words": words, "removed": removed, **explained}
 
 
 class ProblemTimes:

@@ -335,6 +335,11 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Downloads": _closed(downloads=array(ref("schemas", "Download"))),
     "Explanation": _closed(
+        words={
+            **array(_TEXT),
+            "description": "What follows in sentences, as on the node's page, with what the evictor and the catalog "
+            "say of an object that is not here.",
+        },
         id=_OBJECT_ID,
         state={
             "enum": [
