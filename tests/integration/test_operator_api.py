@@ -333,7 +333,7 @@ async def test_the_removal_of_an_object_is_explained(tmp_path: Path) -> None:
             "interval": 60,
             "leads": True,
         }
-        content = ReportContent(**evictor, removed=[removed])  # type: ignore[arg-type]
+        content = ReportContent(**evictor, removed=[removed])
         await api.context.state.report_process("evictor-1", content.model_dump_json(), 60)
         words = (await operator.query("cache/8"))["words"]
         assert words[1:] == [
