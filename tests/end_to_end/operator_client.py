@@ -56,18 +56,17 @@ async def command(
     """`distributor operator …`, with the secret in its environment unless that says otherwise."""
     given = {"DISTRIBUTOR_OPERATOR_API__SECRET": SECRET, **environment}
     url = f"http://127.0.0.1:{operator.port}"
+    return await distributor("operator", "--url", url, *arguments, stdin=stdin, **given)
+
+
+async def distributor(
+    *arguments: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The console command."""
     return await asyncio.to_thread(
         subprocess.run,
-        [
-            sys.executable,
-            "-m",
-            "distributor_node.services.command_line",
-            "operator",
-            "--url",
-            url,
-            *arguments,
-        ],
-        env={**os.environ, **given},
+        [sys.executable, "-m", "distributor_node.services.command_line", *arguments],
+        env={**os.environ, **environment},
         input=stdin,
         capture_output=True,
         text=True,

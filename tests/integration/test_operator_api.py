@@ -8,16 +8,24 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from distributor_node.services.api.dashboard.feed import CHECK_INTERVAL, Feed
+from distributor_node.services.api.dashboard.server import DashboardServer
+from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.operator import commands as commands_module
 from distributor_node.services.api.operator import explain as explain_module
 from distributor_node.services.api.operator import warming as warming_module
 from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.operator.commands import MAX_PINS, OperatorCommands
+from distributor_node.services.api.operator.explain import ObjectExplainer
+from distributor_node.services.api.status import UsageReader
+from distributor_node.services.command_line.top import screen
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.volume.operator_state_file import (
@@ -36,13 +44,15 @@ from distributor_node.shared.domain.operator_state import (
 )
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.process_reports import RemovedObject, ReportContent
-from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.settings.model import DashboardSettings, Settings
+from distributor_node.shared.waiting import background
 from tests.end_to_end.client import Answer, exchange
-from tests.end_to_end.operator_client import OperatorClient, command
+from tests.end_to_end.operator_client import OperatorClient, command, distributor
 from tests.integration.assets_harness import AssetsHarness, assets_harness
 from tests.servers.api_fixture import FakeAssets, RunningApi, running_api
 from tests.servers.operator_token import SECRET, sign
 from tests.servers.redis_server import RedisServer
+from tests.waiting import eventually
 
 PINNED = OperatorStateSnapshot(
     OperatorState(version=3, stopped=True, shutdowns=2), frozenset({ObjectId("1")})
@@ -136,6 +146,67 @@ async def test_two_orders_at_once_both_count(tmp_path: Path) -> None:
         )
         orders = await operator.query("orders")
         assert (orders["workerId"], orders["draining"], orders["stopped"]) == (7, True, True)
+
+
+async def test_status_and_page_say_that_the_node_drains_and_is_stopped(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        feed = feed_of(api)
+
+        async def status() -> dict[str, Any]:
+            answer: dict[str, Any] = json.loads((await api.get("/api/v1/status")).partition(b"\r\n\r\n")[2])
+            return answer
+
+        assert (await status())["draining"] is False
+        shown = await feed.snapshot()
+        assert (shown["notices"], components(shown)["Public port"]) == ([], "works")
+        await operator.command("drain", {"on": True})
+        await operator.command("stop-api")
+        assert (await status())["draining"] is True
+        shown = await feed.snapshot()
+        [notice] = shown["notices"]
+        assert notice["name"] == "draining"
+        assert components(shown)["Public port"] == "stopped by an operator"
+        server = DashboardServer(DashboardSettings(port=0), feed, api.context.state, lambda: None)
+        async with background(server.run(), name="dashboard"):
+            await eventually(lambda: server.port is not None)
+            done = await distributor("status", "--url", f"http://127.0.0.1:{server.port}")
+        assert f"note   {notice['words']}\n" in done.stdout
+        written = StringIO()
+        Console(width=200, file=written).print(screen(shown, 200))
+        assert notice["words"] in written.getvalue()
+        await operator.command("drain", {"on": False})
+        await operator.command("start-api")
+        shown = await feed.snapshot()
+        assert (shown["notices"], components(shown)["Public port"]) == ([], "works")
+        await feed.close()
+
+
+async def test_a_page_that_was_not_open_shows_no_state_of_long_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with operated(tmp_path) as (api, _):
+        feed, known = feed_of(api), api.context.catalog.bucket_ids
+
+        async def bucket_ids(worker_id: int | None = None) -> list[str]:
+            raise CatalogUnavailable("away")
+
+        for catalog_down in (True, False, True):
+            monkeypatch.setattr(api.context.catalog, "bucket_ids", bucket_ids if catalog_down else known)
+            expected = "unavailable" if catalog_down else "works"
+            assert components(await feed.snapshot())["Catalog (manifest)"] == expected
+            feed._checked_at -= 2 * CHECK_INTERVAL  # so much time passes
+        await feed.close()
+
+
+def feed_of(api: RunningApi) -> Feed:
+    """The page's, as of a process whose public port is open."""
+    context, usage = api.context, UsageReader(api.context)
+    explainer = ObjectExplainer(context.state, context.volume, context.settings.evictor)
+    return Feed(context, usage, HealthChecks(context, usage, lambda: True), explainer)
+
+
+def components(snapshot: dict[str, Any]) -> dict[str, str]:
+    return {one["name"]: one["words"] for one in snapshot["components"]}
 
 
 async def test_the_file_on_the_volume_is_what_an_empty_store_begins_with(tmp_path: Path) -> None:
