@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +26,7 @@ _IDS_BATCH = 200
 _MAX_BODY = 6000
 _POLL_INTERVAL = 0.5  # seconds between two queries of the progress
 _TIMEOUT = 60.0  # seconds, of one request
+_PINS_PER_PAGE = 500  # those that are not here are looked up in the catalog
 
 app = typer.Typer(
     help="Control a running node through its operator API.\n\n"
@@ -279,16 +280,28 @@ def cache(
     after: Annotated[str, typer.Option(help="Start after this object id.")] = "",
 ) -> None:
     """List the cached objects, as one JSON object per line, sorted by id."""
+    _run(context, lambda client: _print_pages(client.pages("cache", "objects", limit, after)))
+
+
+@app.command()
+def pins(
+    context: typer.Context,
+    not_stored: Annotated[
+        bool, typer.Option("--not-stored", help="Only those that are not stored here.")
+    ] = False,
+) -> None:
+    """List the pinned objects, here or not, as one JSON object per line, sorted by id."""
 
     def list_all(client: OperatorClient) -> None:
-        behind: str | None = after
-        while behind is not None:
-            page = client.query("cache", limit=limit, **({"after": behind} if behind else {}))
-            for entry in page["objects"]:
-                print(json.dumps(entry))
-            behind = page["next"]
+        found = client.pages("pins", "pins", _PINS_PER_PAGE)
+        _print_pages(one for one in found if not (not_stored and one["state"] == "stored"))
 
     _run(context, list_all)
+
+
+def _print_pages(entries: Iterable[dict[str, Any]]) -> None:
+    for entry in entries:
+        print(json.dumps(entry))
 
 
 @app.command()
@@ -451,6 +464,14 @@ class OperatorClient:
         """Send a GET and return the JSON of the response. Raises OperatorError."""
         query_string = f"?{urlencode(parameters)}" if parameters else ""
         return self._request("GET", f"/api/v1/{name}{query_string}", None)
+
+    def pages(self, name: str, field: str, limit: int, after: str = "") -> Iterator[dict[str, Any]]:
+        """Yield the entries of all pages, from the one behind `after`. `limit`: entries per request. OperatorError."""
+        behind: str | None = after
+        while behind is not None:
+            page = self.query(name, limit=limit, **({"after": behind} if behind else {}))
+            yield from page[field]
+            behind = page["next"]
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         import httpx

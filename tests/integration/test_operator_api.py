@@ -34,7 +34,7 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
     write_operator_state,
 )
 from distributor_node.shared.domain.errors import CatalogUnavailable
-from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
     OperatorStateSnapshot,
@@ -511,6 +511,31 @@ async def test_orders_say_what_each_object_was_found_to_be(tmp_path: Path) -> No
         purged = await commands.purge(list(states))
         assert purged["purging"] == 7
         assert purged["objects"] == [{"id": name, "state": state} for name, state in states.items()]
+
+
+async def test_pins_are_listed_also_of_objects_that_are_not_here(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        record = StoredRecord(ObjectId("here"), 3, None, None, "text/plain", 0)
+        file = api.context.volume.open_partial_for_writing(record)
+        file.write(0, b"abc")
+        file.mark_verified()
+        file.publish(record)
+        file.close()
+        await operator.command("pin", {"ids": ["nowhere", "7", "here"]})
+        assert await operator.query("pins?limit=2") == {
+            "pins": [{"id": "7", "state": "not_uploaded"}, {"id": "here", "state": "stored"}],
+            "next": "here",
+            "total": 3,
+        }
+        assert await operator.query("pins?limit=2&after=here") == {
+            "pins": [{"id": "nowhere", "state": "unknown"}],
+            "next": None,
+            "total": 3,
+        }
+        assert (await operator.ask("GET", "pins?limit=0")).status == 400
+        listed = await command(operator, "pins", "--not-stored")
+        assert [json.loads(line)["id"] for line in listed.stdout.splitlines()] == ["7", "nowhere"]
+        assert len((await command(operator, "pins")).stdout.splitlines()) == 3
 
 
 async def test_a_lookup_that_fails_does_not_hide_that_the_order_was_carried_out(

@@ -154,6 +154,10 @@ def _add_queries(
         query = {name: values[-1] for name, values in request.get_args(keep_blank_values=True).items()}
         return await queries.cache(*bodies.parse_page(query))
 
+    async def pins(request: Request) -> dict[str, Any]:
+        query = {name: values[-1] for name, values in request.get_args(keep_blank_values=True).items()}
+        return await commands.pins(*bodies.parse_page(query))
+
     async def downloads(_request: Request) -> dict[str, Any]:
         return await queries.downloads()
 
@@ -169,6 +173,7 @@ def _add_queries(
 
     for path, query in (
         ("cache", cache),
+        ("pins", pins),
         ("downloads", downloads),
         ("warm", warming),
         ("orders", operator_state),

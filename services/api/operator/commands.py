@@ -171,6 +171,21 @@ class OperatorCommands:
         await self._reject_if_shutting_down()
         return await self._change_pins(object_ids, unpin=object_ids)
 
+    async def pins(self, limit: int, after: str) -> dict[str, Any]:
+        """Return up to `limit` pinned objects with ids greater than `after`, in order of id, here or not.
+
+        `next` is the `after` of the next page, None on the last page.
+        """
+        pinned = await self._state.pinned()
+        found = heapq.nsmallest(limit + 1, (object_id for object_id in pinned if object_id > after))
+        more, page = len(found) > limit, found[:limit]
+        states = await self._with_catalog(await self._find_here(page))
+        return {
+            "pins": [{"id": object_id, "state": states[object_id]} for object_id in page],
+            "next": page[-1] if more else None,
+            "total": len(pinned),
+        }
+
     async def purge(self, object_ids: Sequence[ObjectId] | None) -> dict[str, Any]:
         """Purge these objects. None: all objects that are cached or being fetched now."""
         await self._reject_if_shutting_down()

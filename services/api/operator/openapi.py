@@ -25,6 +25,19 @@ from distributor_node.services.api.operator.schemas import (
 )
 from distributor_node.shared.domain.eviction import POLICY_NAMES
 
+_PAGE: list[Json] = [
+    {
+        "name": "limit",
+        "in": "query",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_IDS, "default": 100},
+    },
+    {
+        "name": "after",
+        "in": "query",
+        "description": "`next` of the page before.",
+        "schema": ref("schemas", "ObjectId"),
+    },
+]
 _SHUTTING_DOWN = "or the node is shutting down"
 _ENDING = "The node is shutting down"
 
@@ -115,19 +128,13 @@ def _paths() -> Json:
             "cache",
             "The cached objects, page by page in the order of their ids",
             "Page",
-            parameters=[
-                {
-                    "name": "limit",
-                    "in": "query",
-                    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_IDS, "default": 100},
-                },
-                {
-                    "name": "after",
-                    "in": "query",
-                    "description": "`next` of the page before.",
-                    "schema": ref("schemas", "ObjectId"),
-                },
-            ],
+            parameters=_PAGE,
+        ),
+        "pins": _query(
+            "pins",
+            "The pinned objects, here or not, page by page in the order of their ids",
+            "PinnedPage",
+            parameters=_PAGE,
         ),
         "cache/{id}": _query(
             "explain",
@@ -286,6 +293,11 @@ SCHEMAS: dict[str, Any] = {
                 changed={**_FLAG, "description": "False: it was pinned already, or was not pinned."},
             )
         ),
+    ),
+    "PinnedPage": _closed(
+        pins=array(_closed(id=_OBJECT_ID, state=_STATE)),
+        next=_or_null(_TEXT),
+        total=count("All objects that are pinned, here or not."),
     ),
     "Warming": _closed(
         state={"enum": ["none", "waiting", "listing", "fetching", "finished"]},
