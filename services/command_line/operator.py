@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import typer
 
@@ -36,7 +36,11 @@ app = typer.Typer(
 )
 
 Ids = Annotated[
-    list[str] | None, typer.Argument(metavar="ID…", help="Object ids; `-` reads them from standard input.")
+    list[str] | None,
+    typer.Argument(
+        metavar="ID…",
+        help="Object ids, not percent-encoded: 'films/my film.mp4'. `-` reads them from standard input.",
+    ),
 ]
 All = Annotated[bool, typer.Option("--all", help="All objects.")]
 Fleet = Annotated[
@@ -306,10 +310,24 @@ def _print_pages(entries: Iterable[dict[str, Any]]) -> None:
 
 @app.command()
 def explain(
-    context: typer.Context, object_id: Annotated[str, typer.Argument(metavar="ID", help="Object id.")]
+    context: typer.Context,
+    object_id: Annotated[str, typer.Argument(metavar="ID", help="Object id, not percent-encoded.")],
 ) -> None:
     """Show what the node knows of one object, and how many bytes would be evicted before it."""
-    _run(context, lambda client: client.query(f"cache/{quote(object_id, safe='')}"))
+    _run(context, lambda client: client.query(f"cache/{_encoded(object_id)}"))
+
+
+def _encoded(object_id: str) -> str:
+    """Return the id for a URL, with its query. Raises OperatorError if it is malformed."""
+    from distributor_node.shared.domain.errors import InvalidInput
+    from distributor_node.shared.domain.objects import ObjectId
+
+    try:
+        return (
+            object_id if ObjectId.is_plain(object_id) else ObjectId.parse_text(*object_id.split("?", 1)).path
+        )
+    except InvalidInput as error:
+        raise OperatorError(str(error)) from error
 
 
 @app.command()

@@ -114,7 +114,9 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(operated: tuple[Harn
     assert (await ordered(operator, "explain", "nowhere"))["state"] == "absent"
     refused = await command(operator, "explain", "../3")
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr.startswith("distributor: 400 ")
+    assert refused.stderr.startswith(
+        "distributor: malformed object id: expected no control characters and no dot"
+    )
     done = await command(operator, "purge", "-", stdin="1\n2\n\n")
     stored = [{"id": name, "state": "stored"} for name in ("1", "2")]
     assert json.loads(done.stdout) == {"purging": 2, "objects": stored}

@@ -393,6 +393,31 @@ async def test_one_warming_at_a_time(tmp_path: Path) -> None:
         assert (answer.status, answer.json()["type"]) == (409, "already_warming")
 
 
+@pytest.mark.parametrize(
+    ("text", "path", "query"),
+    [
+        ("films/my film.mp4", "films/my film.mp4", ""),
+        ("films/café+(1)~'@,;=:&!$*.mp4", "films/café+(1)~'@,;=:&!$*.mp4", ""),
+        ("my%20film.mp4", "my%20film.mp4", ""),
+        ('100% [new] "a" | b\\c.mp4', '100% [new] "a" | b\\c.mp4', ""),
+        ("5", "5", ""),
+        ("film.mp4?v=2&w=%20", "film.mp4", "v=2&w=%20"),
+    ],
+)
+async def test_the_command_takes_ids_as_people_write_them(
+    tmp_path: Path, text: str, path: str, query: str
+) -> None:
+    """Not percent-encoded: what is, is another id. A query is taken as it stands."""
+    object_id = ObjectId.parse_text(path, query)
+    async with operated(tmp_path) as (_, operator):
+        pinned = await command(operator, "pin", text)
+        assert [one["id"] for one in json.loads(pinned.stdout)["objects"]] == [object_id]
+        explained = await command(operator, "explain", text)
+        assert explained.returncode == 0, explained
+        assert json.loads(explained.stdout)["id"] == object_id
+        assert json.loads(explained.stdout)["pinned"] is True
+
+
 async def test_the_removal_of_an_object_is_explained(tmp_path: Path) -> None:
     async with operated(tmp_path) as (api, operator):
         removed = RemovedObject(id="8", at=time.time(), bytes=5000, reason="purged")

@@ -215,7 +215,7 @@ def _add_explain(
     async def handle(request: Request[Any, Any], object_id: str) -> HTTPResponse:
         request_record(request).path = f"{_BASE}/cache/{{id}}"
         await authenticator.authenticate(request)
-        return _json(await explain(bodies.parse_object_id(object_id)))
+        return _json(await explain(bodies.parse_object_id(object_id, query=request.query_string)))
 
     application.add_route(handle, path, methods=("GET",), name="get-cache-object", ignore_body=False)
 

@@ -138,7 +138,7 @@ def _paths() -> Json:
         ),
         "cache/{id}": _query(
             "explain",
-            "What the node knows of one object, and its place in the order of eviction",
+            "What the node knows of one object, and its place in the order of eviction. A query belongs to the id",
             "Explanation",
             parameters=[{"name": "id", "in": "path", "required": True, "schema": ref("schemas", "ObjectId")}],
         ),

@@ -83,10 +83,14 @@ def parse_page(query: Mapping[str, str]) -> tuple[int, str]:
     return int(limit), parse_object_id(after, "after") if after else ""
 
 
-def parse_object_id(text: str, place: str = "id") -> ObjectId:
-    """Read an object id in a path or query: percent-encoded, or the digest of one."""
+def parse_object_id(text: str, place: str = "id", query: str = "") -> ObjectId:
+    """Read an object id in a path or query: percent-encoded, or the digest of one. `query`: that belongs to the id."""
     try:
-        return ObjectId.parse(text) if ObjectId.is_plain(text) else ObjectId.parse_path(text)
+        return (
+            ObjectId.parse(text)
+            if ObjectId.is_plain(text) and not query
+            else ObjectId.parse_path(text, query)
+        )
     except InvalidInput as error:
         raise _malformed(place, "an object id", text) from error
 
