@@ -74,14 +74,15 @@ class HealthChecks:
             self._check("catalog", self._check_catalog),
         )
         return {
-            "public port": self._check_port(),
+            "public port": self.check_port(),
             "volume": volume,
             "state store": state_store,
             "job queue": job_queue,
             "catalog": catalog,
         }
 
-    def _check_port(self) -> str | None:
+    def check_port(self) -> str | None:
+        """Return what is wrong with the public port, in words. Asks no one."""
         if self._context.operator_state.current.stopped:
             return "stopped by an operator"
         return None if self._is_serving() else "the public port is closed"

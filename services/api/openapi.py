@@ -363,6 +363,7 @@ SCHEMAS: Json = {
             "partialObjects",
             "partialBytes",
             "workersAlive",
+            "draining",
             "version",
             "workerId",
             "nodeEnv",
@@ -381,6 +382,10 @@ SCHEMAS: Json = {
             "Reserved for them: what they hold, some seconds after their downloads have ended."
         ),
         workersAlive=count("Fetchers."),
+        draining={
+            "type": "boolean",
+            "description": "Whether an operator has the node serve what is cached, proxy the rest and start no fetch.",
+        },
         version=_TEXT,
         workerId=count("Only if the node serves a worker's buckets."),
         nodeEnv=_TEXT,

@@ -108,6 +108,7 @@ class StatusReporter:
             "partialObjects": usage.parked,
             "partialBytes": usage.parked_size,
             "workersAlive": self._context.fetch_capacity.workers_alive or 0,
+            "draining": self._context.operator_state.current.draining,
             "version": VERSION,
             "nodeEnv": settings.environment,
             "queryNodeStatus": await self._squid_status_fields(),

@@ -7,11 +7,11 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import typer
 
@@ -26,6 +26,7 @@ _IDS_BATCH = 200
 _MAX_BODY = 6000
 _POLL_INTERVAL = 0.5  # seconds between two queries of the progress
 _TIMEOUT = 60.0  # seconds, of one request
+_PINS_PER_PAGE = 500  # those that are not here are looked up in the catalog
 
 app = typer.Typer(
     help="Control a running node through its operator API.\n\n"
@@ -35,12 +36,20 @@ app = typer.Typer(
 )
 
 Ids = Annotated[
-    list[str] | None, typer.Argument(metavar="ID…", help="Object ids; `-` reads them from standard input.")
+    list[str] | None,
+    typer.Argument(
+        metavar="ID…",
+        help="Object ids, not percent-encoded: 'films/my film.mp4'. `-` reads them from standard input.",
+    ),
 ]
 All = Annotated[bool, typer.Option("--all", help="All objects.")]
 Fleet = Annotated[
     bool,
     typer.Option("--fleet", help="At all nodes of the fleet (needs --config), with a result for each."),
+]
+
+Force = Annotated[
+    bool, typer.Option("--force", help="Also if the catalog has no such bucket, or no bucket of the worker.")
 ]
 
 
@@ -153,9 +162,11 @@ def shutdown(context: typer.Context) -> None:
 
 
 @app.command("set-worker")
-def set_worker(context: typer.Context, worker_id: Annotated[int, typer.Argument(min=0)]) -> None:
-    """Serve the buckets of this worker."""
-    _run(context, lambda client: client.command("set-worker", {"workerId": worker_id}))
+def set_worker(
+    context: typer.Context, worker_id: Annotated[int, typer.Argument(min=0)], force: Force = False
+) -> None:
+    """Serve the buckets of this worker. What is not in them is removed. reset-assignment undoes it."""
+    _assign(context, "set-worker", {"workerId": worker_id}, force=force)
 
 
 @app.command("set-buckets")
@@ -163,11 +174,36 @@ def set_buckets(
     context: typer.Context,
     buckets: Annotated[list[str] | None, typer.Argument(metavar="BUCKET…", help="Such as 0:1 0:2.")] = None,
     all_of_worker: Annotated[bool, typer.Option("--all", help="All buckets of the worker.")] = False,
+    force: Force = False,
 ) -> None:
-    """Serve these buckets, or all buckets of the worker."""
+    """Serve these buckets, or all buckets of the worker. What is not in them is removed. reset-assignment undoes it."""
     if bool(buckets) == all_of_worker:
         raise typer.BadParameter("expected bucket ids, or --all")
-    _run(context, lambda client: client.command("set-buckets", {"buckets": buckets} if buckets else {}))
+    _assign(context, "set-buckets", {"buckets": buckets} if buckets else {}, force=force)
+
+
+@app.command("reset-assignment")
+def reset_assignment(context: typer.Context) -> None:
+    """Serve what the settings say again, instead of what set-buckets and set-worker have set."""
+    _run(context, lambda client: client.command("reset-assignment"))
+
+
+def _assign(context: typer.Context, name: str, body: dict[str, Any], *, force: bool) -> None:
+    def execute(client: OperatorClient) -> dict[str, Any]:
+        try:
+            response = client.command(name, body if force else {**body, "check": True})
+        except OperatorError as error:
+            if error.kind in ("unknown_bucket", "unknown_worker"):
+                raise OperatorError(f"{error}. --force sets it all the same") from error
+            raise
+        if not force and not response["checked"]:
+            print(
+                "distributor: the catalog could not be asked whether it has such buckets: set without a check",
+                file=sys.stderr,
+            )
+        return response
+
+    _run(context, execute)
 
 
 @app.command()
@@ -228,6 +264,8 @@ def warm(
             progress = client.command("warm", scope)
             if wait:
                 progress = _watch(client)
+            if progress["state"] == "finished" and progress["reason"]:
+                raise OperatorError(f"the warming has ended early: {progress['reason']}")
         return progress
 
     _run(context, execute, fleet=fleet)
@@ -246,24 +284,50 @@ def cache(
     after: Annotated[str, typer.Option(help="Start after this object id.")] = "",
 ) -> None:
     """List the cached objects, as one JSON object per line, sorted by id."""
+    _run(context, lambda client: _print_pages(client.pages("cache", "objects", limit, after)))
+
+
+@app.command()
+def pins(
+    context: typer.Context,
+    not_stored: Annotated[
+        bool, typer.Option("--not-stored", help="Only those that are not stored here.")
+    ] = False,
+) -> None:
+    """List the pinned objects, here or not, as one JSON object per line, sorted by id."""
 
     def list_all(client: OperatorClient) -> None:
-        behind: str | None = after
-        while behind is not None:
-            page = client.query("cache", limit=limit, **({"after": behind} if behind else {}))
-            for entry in page["objects"]:
-                print(json.dumps(entry))
-            behind = page["next"]
+        found = client.pages("pins", "pins", _PINS_PER_PAGE)
+        _print_pages(one for one in found if not (not_stored and one["state"] == "stored"))
 
     _run(context, list_all)
 
 
+def _print_pages(entries: Iterable[dict[str, Any]]) -> None:
+    for entry in entries:
+        print(json.dumps(entry))
+
+
 @app.command()
 def explain(
-    context: typer.Context, object_id: Annotated[str, typer.Argument(metavar="ID", help="Object id.")]
+    context: typer.Context,
+    object_id: Annotated[str, typer.Argument(metavar="ID", help="Object id, not percent-encoded.")],
 ) -> None:
     """Show what the node knows of one object, and how many bytes would be evicted before it."""
-    _run(context, lambda client: client.query(f"cache/{quote(object_id, safe='')}"))
+    _run(context, lambda client: client.query(f"cache/{_encoded(object_id)}"))
+
+
+def _encoded(object_id: str) -> str:
+    """Return the id for a URL, with its query. Raises OperatorError if it is malformed."""
+    from distributor_node.shared.domain.errors import InvalidInput
+    from distributor_node.shared.domain.objects import ObjectId
+
+    try:
+        return (
+            object_id if ObjectId.is_plain(object_id) else ObjectId.parse_text(*object_id.split("?", 1)).path
+        )
+    except InvalidInput as error:
+        raise OperatorError(str(error)) from error
 
 
 @app.command()
@@ -394,6 +458,11 @@ def _run_at_all(
 class OperatorError(Exception):
     """The node rejected the request, or cannot be reached. The message says why."""
 
+    def __init__(self, message: str, kind: str = "") -> None:
+        """`kind`: the `type` of the node's response, such as `unknown_bucket`."""
+        super().__init__(message)
+        self.kind = kind
+
 
 class OperatorClient:
     """`url`: of the operator API, such as http://127.0.0.1:3335."""
@@ -413,6 +482,14 @@ class OperatorClient:
         """Send a GET and return the JSON of the response. Raises OperatorError."""
         query_string = f"?{urlencode(parameters)}" if parameters else ""
         return self._request("GET", f"/api/v1/{name}{query_string}", None)
+
+    def pages(self, name: str, field: str, limit: int, after: str = "") -> Iterator[dict[str, Any]]:
+        """Yield the entries of all pages, from the one behind `after`. `limit`: entries per request. OperatorError."""
+        behind: str | None = after
+        while behind is not None:
+            page = self.query(name, limit=limit, **({"after": behind} if behind else {}))
+            yield from page[field]
+            behind = page["next"]
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         import httpx
@@ -444,6 +521,8 @@ class OperatorClient:
                 f"{self.url} is not an operator API: it responded {response.status_code} without JSON"
             ) from error
         if not response.is_success or not isinstance(result, dict):
-            message = result.get("message", "") if isinstance(result, dict) else ""
-            raise OperatorError(f"{response.status_code} {message}")
+            rejection = result if isinstance(result, dict) else {}
+            raise OperatorError(
+                f"{response.status_code} {rejection.get('message', '')}", rejection.get("type", "")
+            )
         return result

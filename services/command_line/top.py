@@ -86,15 +86,23 @@ def status(url: Url = None, config: Config = None, as_json: AsJson = False) -> N
         sys.exit(UNREACHABLE)
     lines = [*snapshot["components"], *snapshot["processes"]]
     if as_json:
-        print(json.dumps({"ok": all(line["ok"] for line in lines), "components": snapshot["components"],
-                          "processes": snapshot["processes"]}))  # fmt: skip
+        print(json.dumps({"ok": all(line["ok"] for line in lines), "notices": _notices(snapshot),
+                          "components": snapshot["components"], "processes": snapshot["processes"]}))  # fmt: skip
     else:
+        for notice in _notices(snapshot):
+            print(f"note   {notice['words']}")
         for line in lines:
             name = f"{line['kind']} {line['name']}" if "kind" in line else line["name"]
             print(
                 f"{'ok   ' if line['ok'] else 'WRONG'}  {name}: {line['words']}{_since(line, snapshot['at'])}"
             )
     sys.exit(0 if all(line["ok"] for line in lines) else UNHEALTHY)
+
+
+def _notices(snapshot: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
+    """What an operator has set that is no fault. A node of an earlier version does not tell."""
+    notices: Sequence[Mapping[str, str]] = snapshot.get("notices", ())
+    return notices
 
 
 def _since(line: Mapping[str, Any], now: float) -> str:
@@ -238,7 +246,9 @@ def _head(snapshot: Mapping[str, Any]) -> list[RenderableType]:
 
     node, lines = snapshot["node"], [*snapshot["components"], *snapshot["processes"]]
     wrong = [line for line in lines if not line["ok"]]
-    state = Text(f"{len(wrong)} wrong", "bold red") if wrong else Text("everything works", "green")
+    noted = ", ".join(notice["name"] for notice in _notices(snapshot))
+    good = Text(noted, "yellow") if noted else Text("everything works", "green")
+    state = Text(f"{len(wrong)} wrong", "bold red") if wrong else good
     title = Table.grid(expand=True)
     title.add_column()
     title.add_column(justify="right")
@@ -252,6 +262,7 @@ def _head(snapshot: Mapping[str, Any]) -> list[RenderableType]:
     shown.append(Text(""))
     working = [line["name"] for line in snapshot["components"] if line["ok"]]
     shown.append(Text.assemble(("● ", "green"), " · ".join(working)))
+    shown += [Text(f"▲ {notice['words']}", "yellow") for notice in _notices(snapshot)]
     for line in wrong:
         words = (
             f"{line.get('kind', '')} {line['name']}: {line['words']}{_since(line, snapshot['at'])}".strip()

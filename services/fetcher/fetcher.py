@@ -512,8 +512,10 @@ class FailureRecorder:
 class DeadLetterHandler:
     """The job queue's dead-letter callback: records the failure, deletes the partial file, releases its space.
 
-    A partial object that was parked with no more than it holds stays: its job has found no room for the rest, and says
-    nothing against these bytes. The evictor keeps it in its order, and the next job continues it.
+    A partial object that was parked with no more than it holds stays, for whatever reason its job has ended: there was
+    no room for the rest, no source sent it, or the catalog was away. None of these says anything against the bytes that
+    are here. A fetch that finds wrong bytes discards them itself, before its job ends. The evictor keeps the partial
+    object in its order, and the next job continues it, if it is of the version that the catalog then names.
     """
 
     def __init__(
@@ -535,14 +537,16 @@ class DeadLetterHandler:
                 known = (await self._state.find(job.object_id)).failure
                 cause = known.cause if known is not None and known.reason == reason else FailureCause.OTHER
                 await self._state.record_failure(job.object_id, reason, self._failure_memory, cause)
-                # Of a job that never began. It would count as waiting until it counts as lost.
-                await self._state.release_claim(job.object_id, None)
+                # Of a job that never began: its claim would count as waiting until it counts as lost. Race: 1. the
+                # job is late, and counts as lost; 2. another claim wins; 3. the job ends. That claim stays: its own
+                # job is in the queue.
+                await self._state.release_claim(job.object_id, None, job.claim)
                 await self._remove_partial(job.object_id)
             except (StateStoreUnavailable, VolumeError) as error:
                 logger.warning("dead_letter_cleanup_failed", reason=str(error))
 
     async def _remove_partial(self, object_id: ObjectId) -> None:
-        """Delete a parked partial file under a lease of its own, unless there was no room to continue it."""
+        """Delete a parked partial file under a lease of its own, unless no more is reserved than it holds."""
         fetch = (await self._state.find(object_id)).fetch
         sidecar = await self._disk.run(self._volume.partial_record, object_id)
         if fetch is None or fetch.phase is not FetchPhase.PARKED or fetch.is_shrunk or sidecar is None:

@@ -308,6 +308,8 @@ def _result_document(result: Result) -> Mapping[str, object]:
 
 
 TOLERANCE = 0.01  # hit ratios that differ by less count as equal
+FEWEST_REQUESTS = 1000
+"""From fewer nothing is concluded. With so many the standard error of a hit ratio is 1.6 points at most."""
 _GIB = 1024**3
 _COLUMNS = (
     "cache",
@@ -358,7 +360,10 @@ def describe_own(own: Result) -> str:
 
 def describe_gap(results: Sequence[Result]) -> str:
     """Return one sentence: how far what a node has by default is behind the best of each column, at the largest size;
-    without admission if that was not tried. Empty if neither was tried, or nothing beside it."""
+    without admission if that was not tried. Empty if neither was tried, or nothing beside it, or with too few requests.
+    """
+    if not results or results[0].outcome.requests < FEWEST_REQUESTS:
+        return ""
     limit = max((result.size.limit for result in results), default=0)
     at_size = [result for result in results if result.size.limit == limit]
     defaults = (Setting("gdsf", AUTO_COST, "auto"), Setting("gdsf", AUTO_COST))
@@ -385,6 +390,12 @@ def recommend(results: Sequence[Result]) -> str:
     results = [result for result in results if result.setting.policy not in OTHER_POLICIES]
     if not results or not results[0].outcome.requests:
         return "There were no requests to compare the settings by."
+    requests = results[0].outcome.requests
+    if requests < FEWEST_REQUESTS:
+        return (
+            f"{plural(requests, 'request')} {'is' if requests == 1 else 'are'} too few to choose a setting by: the rows"
+            f" may differ by chance. Expected at least {FEWEST_REQUESTS}."
+        )
     limit = max(result.size.limit for result in results)
     at_size = [result for result in results if result.size.limit == limit]
     best_hits = max(result.outcome.object_hit_ratio for result in at_size)

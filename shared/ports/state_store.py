@@ -575,9 +575,11 @@ class StateStore(WorkerStore, ReportStore, OperatorStore, EvictorStore, Protocol
         No effect if this claimant no longer holds the claim: a worker may have begun already.
         """
 
-    async def release_claim(self, object_id: ObjectId, claimant: str | None) -> None:
-        """Publishing failed, or the job has ended: drop this claimant's claim or queue mark, expired or not. None: of
-        any claimant. A reservation stays, PARKED."""
+    async def release_claim(self, object_id: ObjectId, claimant: str | None, serial: int = 0) -> None:
+        """Publishing failed, or the job has ended: drop this claimant's claim or queue mark, expired or not.
+
+        `claimant`: None: of any. `serial`: of the claim; another one stays. 0: any. A reservation stays, PARKED.
+        """
 
     async def usage(self) -> Usage:
         """`fetches` counts the live leases, `queued` the queue marks that have not expired."""

@@ -24,6 +24,7 @@ from distributor_node.services.demo.storage_node import StorageNode
 from tests.browser.chromium import Browser, find_chromium, running_browser
 from tests.browser.page import AXE, reached_by_keyboard, serious_findings, take_screenshots
 from tests.end_to_end.client import get
+from tests.end_to_end.operator_client import OperatorClient
 from tests.end_to_end.stack import Stack
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
@@ -81,6 +82,7 @@ async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[
         stack.environment |= {
             "DISTRIBUTOR_STORAGE__LIMIT": "60M", "DISTRIBUTOR_EVICTOR__MIN_IDLE": "1",
             "DISTRIBUTOR_ID": "node-1.example.org", "DISTRIBUTOR_DASHBOARD__PORT": str(port),
+            **OperatorClient(free_port()).environment,
         }  # fmt: skip
         stack.write_manifest(objects, [source.object_url("") for source in sources])
         await stack.up(fetchers=2, workers=2)
@@ -158,6 +160,21 @@ async def test_the_line_of_a_killed_fetcher_is_red_within_ten_seconds_and_green_
     world.stack.add("fetcher")
     await world.until("!document.querySelector('.wrong')", "green again")
     assert await world.browser.evaluate("document.querySelectorAll('#processes li').length") == 5
+    assert findings == []
+
+
+async def test_the_page_says_that_the_node_drains(world: World) -> None:
+    await world.open()
+    badge = "document.querySelector('#connection').innerText"
+    await world.until(f"{badge} === 'everything works'", "the badge")
+    operator = OperatorClient(int(world.stack.environment["DISTRIBUTOR_OPERATOR_API__PORT"]))
+    await operator.command("drain", {"on": True})
+    await world.until(f"{badge} === 'draining'", "the badge tells it")
+    assert "starts no fetch" in await world.text("#components .noted")
+    findings = await serious_findings(world.browser) if AXE.exists() else []
+    await operator.command("drain", {"on": False})
+    await world.until(f"{badge} === 'everything works'", "the badge again")
+    assert not await world.browser.evaluate("Boolean(document.querySelector('.noted'))")
     assert findings == []
 
 

@@ -18,9 +18,13 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from distributor_node.services.api.operator.app import TokenAuthenticator, build_operator_app, operator_api
+from distributor_node.services.api.operator.app import (
+    TokenAuthenticator,
+    build_operator_app,
+    explain_with,
+    operator_api,
+)
 from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries
-from distributor_node.services.api.operator.explain import ObjectExplainer
 from distributor_node.services.api.operator.warming import CacheWarmer
 from distributor_node.services.api.sanic_app import public_path, unregister_application
 from tests.servers.api_fixture import FakeAssets, running_api
@@ -45,7 +49,7 @@ async def test_every_route_is_described_and_every_description_is_a_route(tmp_pat
             TokenAuthenticator(context.state, SECRET),
             OperatorCommands(context.state, context.operator_state, context.catalog, context.volume),
             OperatorQueries(context.state, context.volume),
-            ObjectExplainer(context.state, context.volume, context.settings.evictor),
+            explain_with(context),
             CacheWarmer(context, "here"),
         )
         routes = {

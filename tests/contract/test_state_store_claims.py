@@ -344,6 +344,18 @@ class TestMarkQueuedAndWithdraw:
         assert await brief.used_and_reserved() == (0, footprint(100) if parked else 0)
         assert (await brief.store.claim(ONE, "api-2")).won
 
+    @pytest.mark.parametrize("claimant", ["api-1", None])
+    async def test_the_claim_of_another_job_stays(self, harness: Harness, claimant: str | None) -> None:
+        first = await harness.store.claim(ONE, "api-1")
+        await harness.store.release_claim(ONE, "api-1", first.serial)
+        assert await harness.phase(ONE) is None
+        second = await harness.store.claim(ONE, "api-1")
+        await harness.store.mark_queued(ONE, "api-1")
+        await harness.store.release_claim(ONE, claimant, first.serial)
+        assert await harness.phase(ONE) is FetchPhase.QUEUED
+        await harness.store.release_claim(ONE, claimant, second.serial)
+        assert await harness.phase(ONE) is None
+
     async def test_a_released_claim_with_a_reservation_is_parked(self, harness: Harness) -> None:
         await harness.reconciled()
         await harness.store.park(await harness.begin_fetch(ONE, 100))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +48,31 @@ class OperatorClient:
         answer = await self.ask("GET", path)
         assert answer.status == 200, answer
         return answer.json()
+
+
+async def command(
+    operator: OperatorClient, *arguments: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`distributor operator …`, with the secret in its environment unless that says otherwise."""
+    given = {"DISTRIBUTOR_OPERATOR_API__SECRET": SECRET, **environment}
+    url = f"http://127.0.0.1:{operator.port}"
+    return await distributor("operator", "--url", url, *arguments, stdin=stdin, **given)
+
+
+async def distributor(
+    *arguments: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The console command."""
+    return await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "distributor_node.services.command_line", *arguments],
+        env={**os.environ, **environment},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 async def refuses_connections(port: int) -> bool:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import pytest
 from distributor_node.services.demo.objects import MIB, generated_object
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
-from tests.end_to_end.operator_client import OperatorClient, refuses_connections
+from tests.end_to_end.operator_client import OperatorClient, command, refuses_connections
 from tests.end_to_end.stack import ServiceProcess
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
@@ -29,32 +26,6 @@ def operated(alone: Harness) -> tuple[Harness, OperatorClient]:
     operator = OperatorClient(free_port())
     alone.stack.environment.update(operator.environment)
     return alone, operator
-
-
-async def command(
-    operator: OperatorClient, *arguments: str, stdin: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """`distributor operator …`, with the secret in its environment unless that says otherwise."""
-    given = {"DISTRIBUTOR_OPERATOR_API__SECRET": SECRET, **environment}
-    url = f"http://127.0.0.1:{operator.port}"
-    return await asyncio.to_thread(
-        subprocess.run,
-        [
-            sys.executable,
-            "-m",
-            "distributor_node.services.command_line",
-            "operator",
-            "--url",
-            url,
-            *arguments,
-        ],
-        env={**os.environ, **given},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
 
 
 async def ordered(operator: OperatorClient, *arguments: str) -> Any:
@@ -84,8 +55,16 @@ async def test_operator_state_survives_sigkill(operated: tuple[Harness, Operator
     harness.publish([generated_object("1", 1000)])
     node = harness.stack.add("standalone")
     await node.healthy()
-    assert (await ordered(operator, "set-buckets", "5:5", "6:6"))["buckets"] == ["5:5", "6:6"]
-    assert (await ordered(operator, "set-worker", "7"))["workerId"] == 7
+    refused = await command(operator, "set-buckets", "0:1", "5:5")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == (
+        "distributor: 409 buckets: expected buckets of the catalog (0:1), got 5:5. --force sets it all the same\n"
+    )
+    assert (await ordered(operator, "set-buckets", "0:1"))["checked"]
+    assert (await ordered(operator, "reset-assignment"))["buckets"] is None
+    forced = await ordered(operator, "set-buckets", "5:5", "6:6", "--force")
+    assert forced["buckets"] == ["5:5", "6:6"]
+    assert (await ordered(operator, "set-worker", "7", "--force"))["workerId"] == 7
     assert (await ordered(operator, "pin", "1", "2"))["pinned"] == 2
     await kept(harness, ['"worker_id": 7', '"2"'])
     await again(node)
@@ -135,7 +114,9 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(operated: tuple[Harn
     assert (await ordered(operator, "explain", "nowhere"))["state"] == "absent"
     refused = await command(operator, "explain", "../3")
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr.startswith("distributor: 400 ")
+    assert refused.stderr.startswith(
+        "distributor: malformed object id: expected no control characters and no dot"
+    )
     done = await command(operator, "purge", "-", stdin="1\n2\n\n")
     stored = [{"id": name, "state": "stored"} for name in ("1", "2")]
     assert json.loads(done.stdout) == {"purging": 2, "objects": stored}

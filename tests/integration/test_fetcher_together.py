@@ -395,6 +395,39 @@ async def test_after_a_dead_letter_another_job_may_be_published_once_the_failure
     await eventually(claimed)
 
 
+async def test_a_dead_letter_leaves_the_claim_of_another_job(harness: Harness) -> None:
+    lost = await harness.state.claim(OBJECT_ID, "api-1")
+    await harness.state.release_claim(OBJECT_ID, "api-1")
+    assert (await harness.state.claim(OBJECT_ID, "api-2")).won
+    await harness.state.mark_queued(OBJECT_ID, "api-2")
+    job = replace(harness.job(harness.wanted(DATA)), claim=lost.serial)
+    await harness.dead_letter_handler().handle(job, "no space")
+    fetch = (await harness.state.find(OBJECT_ID)).fetch
+    assert fetch is not None
+    assert (fetch.phase, fetch.worker) == (FetchPhase.QUEUED, "api-2")
+
+
+@pytest.mark.parametrize("trouble", ["sources", "bytes"])
+async def test_what_a_dead_letter_leaves_of_a_partial_object(tmp_path: Path, trouble: str) -> None:
+    """It is parked with what it holds. Bytes that failed verification are gone, others stay for the next job."""
+    sent = DATA if trouble == "sources" else DATA[:-1] + b"?"
+    async with fetcher_harness(tmp_path, [sent]) as harness:
+        granted = await harness.state.begin(OBJECT_ID, SIZE, "worker-1")
+        assert isinstance(granted, Granted)
+        digest = harness.wanted(DATA).content_hash
+        record = StoredRecord(OBJECT_ID, SIZE, None, digest, "video/mp4", 0)
+        file = harness.volume.open_partial_for_writing(record)
+        file.write(0, DATA[:500_000])
+        file.close()
+        await harness.state.park(granted.lease, 500_000)
+        if trouble == "bytes":
+            assert isinstance(await start(harness), Retry)
+        await harness.dead_letter_handler().handle(harness.job(harness.wanted(DATA)), "all sources failed")
+        kept = trouble == "sources"
+        assert harness.partial_size() == (500_000 if kept else None)
+        assert (await harness.state.usage()).reserved == (footprint(500_000) if kept else 0)
+
+
 @pytest.mark.parametrize("trouble", ["sources", "bytes", "space", "disk"])
 async def test_a_failed_attempt_blocks_other_jobs_until_its_retry(tmp_path: Path, trouble: str) -> None:
     """A request that sees the lease released must not win a claim before the delayed retry."""

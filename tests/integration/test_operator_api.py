@@ -8,14 +8,24 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from distributor_node.services.api.dashboard.feed import CHECK_INTERVAL, Feed
+from distributor_node.services.api.dashboard.server import DashboardServer
+from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.operator import commands as commands_module
+from distributor_node.services.api.operator import explain as explain_module
+from distributor_node.services.api.operator import warming as warming_module
 from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.operator.commands import MAX_PINS, OperatorCommands
+from distributor_node.services.api.operator.explain import ObjectExplainer
+from distributor_node.services.api.status import UsageReader
+from distributor_node.services.command_line.top import screen
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.volume.operator_state_file import (
@@ -23,7 +33,8 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
     read_operator_state,
     write_operator_state,
 )
-from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
     OperatorStateSnapshot,
@@ -32,13 +43,16 @@ from distributor_node.shared.domain.operator_state import (
     encode_snapshot,
 )
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
-from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.runtime.process_reports import RemovedObject, ReportContent
+from distributor_node.shared.settings.model import DashboardSettings, Settings
+from distributor_node.shared.waiting import background
 from tests.end_to_end.client import Answer, exchange
-from tests.end_to_end.operator_client import OperatorClient
+from tests.end_to_end.operator_client import OperatorClient, command, distributor
 from tests.integration.assets_harness import AssetsHarness, assets_harness
 from tests.servers.api_fixture import FakeAssets, RunningApi, running_api
 from tests.servers.operator_token import SECRET, sign
 from tests.servers.redis_server import RedisServer
+from tests.waiting import eventually
 
 PINNED = OperatorStateSnapshot(
     OperatorState(version=3, stopped=True, shutdowns=2), frozenset({ObjectId("1")})
@@ -111,6 +125,7 @@ async def test_everything_is_a_conflict_once_the_node_shuts_down(tmp_path: Path)
             "start-api": None,
             "set-worker": {"workerId": 1},
             "set-buckets": {},
+            "reset-assignment": None,
             "drain": {"on": True},
             "pin": {"ids": ["1"]},
             "unpin": {"ids": ["1"]},
@@ -131,6 +146,67 @@ async def test_two_orders_at_once_both_count(tmp_path: Path) -> None:
         )
         orders = await operator.query("orders")
         assert (orders["workerId"], orders["draining"], orders["stopped"]) == (7, True, True)
+
+
+async def test_status_and_page_say_that_the_node_drains_and_is_stopped(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        feed = feed_of(api)
+
+        async def status() -> dict[str, Any]:
+            answer: dict[str, Any] = json.loads((await api.get("/api/v1/status")).partition(b"\r\n\r\n")[2])
+            return answer
+
+        assert (await status())["draining"] is False
+        shown = await feed.snapshot()
+        assert (shown["notices"], components(shown)["Public port"]) == ([], "works")
+        await operator.command("drain", {"on": True})
+        await operator.command("stop-api")
+        assert (await status())["draining"] is True
+        shown = await feed.snapshot()
+        [notice] = shown["notices"]
+        assert notice["name"] == "draining"
+        assert components(shown)["Public port"] == "stopped by an operator"
+        server = DashboardServer(DashboardSettings(port=0), feed, api.context.state, lambda: None)
+        async with background(server.run(), name="dashboard"):
+            await eventually(lambda: server.port is not None)
+            done = await distributor("status", "--url", f"http://127.0.0.1:{server.port}")
+        assert f"note   {notice['words']}\n" in done.stdout
+        written = StringIO()
+        Console(width=200, file=written).print(screen(shown, 200))
+        assert notice["words"] in written.getvalue()
+        await operator.command("drain", {"on": False})
+        await operator.command("start-api")
+        shown = await feed.snapshot()
+        assert (shown["notices"], components(shown)["Public port"]) == ([], "works")
+        await feed.close()
+
+
+async def test_a_page_that_was_not_open_shows_no_state_of_long_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with operated(tmp_path) as (api, _):
+        feed, known = feed_of(api), api.context.catalog.bucket_ids
+
+        async def bucket_ids(worker_id: int | None = None) -> list[str]:
+            raise CatalogUnavailable("away")
+
+        for catalog_down in (True, False, True):
+            monkeypatch.setattr(api.context.catalog, "bucket_ids", bucket_ids if catalog_down else known)
+            expected = "unavailable" if catalog_down else "works"
+            assert components(await feed.snapshot())["Catalog (manifest)"] == expected
+            feed._checked_at -= 2 * CHECK_INTERVAL  # so much time passes
+        await feed.close()
+
+
+def feed_of(api: RunningApi) -> Feed:
+    """The page's, as of a process whose public port is open."""
+    context, usage = api.context, UsageReader(api.context)
+    explainer = ObjectExplainer(context.state, context.volume, context.settings.evictor)
+    return Feed(context, usage, HealthChecks(context, usage, lambda: True), explainer)
+
+
+def components(snapshot: dict[str, Any]) -> dict[str, str]:
+    return {one["name"]: one["words"] for one in snapshot["components"]}
 
 
 async def test_the_file_on_the_volume_is_what_an_empty_store_begins_with(tmp_path: Path) -> None:
@@ -232,6 +308,54 @@ async def test_with_buckets_and_worker_the_buckets_decide_until_reset(tmp_path: 
         assert (shown["workerId"], shown["buckets"]) == (3, None)
 
 
+async def test_buckets_that_do_not_exist_are_refused_if_the_operator_wants_to_know(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, operator):
+        body = {"buckets": ["0:1", "5:5"], "check": True}
+        answer = await operator.ask("POST", "set-buckets", body)
+        assert (answer.status, answer.json()) == (
+            409,
+            {"type": "unknown_bucket", "message": "buckets: expected buckets of the catalog (0:1), got 5:5"},
+        )
+        assert (await operator.query("orders"))["buckets"] is None
+        answer = await operator.ask("POST", "set-worker", {"workerId": 7, "check": True})
+        assert (answer.status, answer.json()["type"]) == (409, "unknown_worker")
+        assert answer.json()["message"].endswith(
+            "a worker with buckets in the catalog, got 7, which has none"
+        )
+        shown = await operator.command("set-buckets", {"buckets": ["0:1"], "check": True})
+        assert (shown["buckets"], shown["checked"]) == (["0:1"], True)
+        shown = await operator.command("set-buckets", {**body, "check": False})
+        assert (shown["buckets"], shown["checked"]) == (["0:1", "5:5"], False)
+        await operator.command("set-worker", {"workerId": 7})
+        answer = await operator.ask("POST", "set-buckets", {"check": True})
+        assert (answer.status, answer.json()["type"]) == (409, "unknown_worker")
+
+
+async def test_buckets_are_set_although_the_catalog_does_not_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands_module, "_BUCKETS_TIMEOUT", 0.1)
+    async with operated(tmp_path) as (api, operator):
+        never = asyncio.Event()
+
+        async def bucket_ids(worker_id: int | None = None) -> tuple[str, ...]:
+            await never.wait()
+            return ()
+
+        monkeypatch.setattr(api.context.catalog, "bucket_ids", bucket_ids)
+        shown = await operator.command("set-buckets", {"buckets": ["5:5"], "check": True})
+        assert (shown["buckets"], shown["checked"]) == (["5:5"], False)
+
+
+async def test_the_assignment_of_the_settings_comes_back(tmp_path: Path) -> None:
+    async with operated(tmp_path, buckets=["0:1"], worker_id=3) as (_, operator):
+        await operator.command("set-buckets", {"buckets": ["5:5"]})
+        await operator.command("set-worker", {"workerId": 7})
+        await operator.command("drain", {"on": True})
+        shown = await operator.command("reset-assignment")
+        assert (shown["workerId"], shown["buckets"], shown["draining"]) == (3, ["0:1"], True)
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=000010000000", "limit=%D9%A1", "limit="])
 async def test_a_page_has_a_thousand_entries_at_most(tmp_path: Path, query: str) -> None:
     async with operated(tmp_path) as (_, operator):
@@ -243,6 +367,16 @@ async def test_one_object_is_explained_to_the_operator_alone(tmp_path: Path) -> 
         await api.context.state.change_pins(pin=[ObjectId("7")])
         explained = await operator.query("cache/7")
         assert (explained["id"], explained["state"], explained["pinned"]) == ("7", "absent", True)
+        assert explained["words"] == [
+            "It is not here, and is not being fetched.",
+            "An operator has pinned it, so it is never evicted to make room.",
+            "The catalog says that it has not been uploaded yet.",
+        ]
+        nowhere = await operator.query("cache/nowhere")
+        assert (nowhere["state"], nowhere["words"][-1]) == (
+            "absent",
+            "The catalog says that it does not exist.",
+        )
         assert (await operator.query("cache/a/b%20c"))["id"] == ObjectId.parse_path("a/b%20c")
         assert (await operator.ask("GET", "cache/7", token="x")).status == 401
         for malformed in ("", "..", "a%00b", "a%2Fb", "x" * 1025):
@@ -257,6 +391,99 @@ async def test_one_warming_at_a_time(tmp_path: Path) -> None:
         assert await state.lease_warming("another process", 60) is not None
         answer = await operator.ask("POST", "warm", {"all": True})
         assert (answer.status, answer.json()["type"]) == (409, "already_warming")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "query"),
+    [
+        ("films/my film.mp4", "films/my film.mp4", ""),
+        ("films/café+(1)~'@,;=:&!$*.mp4", "films/café+(1)~'@,;=:&!$*.mp4", ""),
+        ("my%20film.mp4", "my%20film.mp4", ""),
+        ('100% [new] "a" | b\\c.mp4', '100% [new] "a" | b\\c.mp4', ""),
+        ("5", "5", ""),
+        ("film.mp4?v=2&w=%20", "film.mp4", "v=2&w=%20"),
+    ],
+)
+async def test_the_command_takes_ids_as_people_write_them(
+    tmp_path: Path, text: str, path: str, query: str
+) -> None:
+    """Not percent-encoded: what is, is another id. A query is taken as it stands."""
+    object_id = ObjectId.parse_text(path, query)
+    async with operated(tmp_path) as (_, operator):
+        pinned = await command(operator, "pin", text)
+        assert [one["id"] for one in json.loads(pinned.stdout)["objects"]] == [object_id]
+        explained = await command(operator, "explain", text)
+        assert explained.returncode == 0, explained
+        assert json.loads(explained.stdout)["id"] == object_id
+        assert json.loads(explained.stdout)["pinned"] is True
+
+
+async def test_the_removal_of_an_object_is_explained(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        removed = RemovedObject(id="8", at=time.time(), bytes=5000, reason="purged")
+        evictor = {
+            "kind": "evictor",
+            "host": "node",
+            "process": 1,
+            "started": 0,
+            "interval": 60,
+            "leads": True,
+        }
+        content = ReportContent(**evictor, removed=[removed])
+        await api.context.state.report_process("evictor-1", content.model_dump_json(), 60)
+        words = (await operator.query("cache/8"))["words"]
+        assert words[1:] == [
+            "It was removed 0 s ago: an operator purged it.",
+            "The catalog says that it does not exist.",
+        ]
+
+
+async def test_a_catalog_that_does_not_reply_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain_module, "CATALOG_TIMEOUT", 0.1)
+    async with operated(tmp_path) as (api, operator):
+        never = asyncio.Event()
+
+        async def look_up(object_id: ObjectId) -> None:
+            await never.wait()
+
+        monkeypatch.setattr(api.context.catalog, "look_up", look_up)
+        words = (await operator.query("cache/8"))["words"]
+        assert words[-1] == "The catalog cannot be asked at the moment: no reply within 0.1 s."
+
+
+ORIGIN = {"kind": "origin", "origin": "http://127.0.0.1:9/{id}"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [(["--all"], "all"), (["--bucket", "0:1"], "bucket"), (["--all", "--no-wait"], "all")],
+)
+async def test_a_catalog_that_cannot_list_needs_ids_to_warm(
+    tmp_path: Path, arguments: list[str], field: str
+) -> None:
+    async with operated(tmp_path, catalog=ORIGIN) as (_, operator):
+        done = await command(operator, "warm", *arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        expected = "expected ids, since the catalog of this node cannot list its objects"
+        assert f"409 {field}: {expected}, got {field}\n" in done.stderr
+        assert (await operator.query("warm"))["state"] == "none"
+
+
+async def test_a_warming_that_has_ended_early_is_an_error_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warming_module, "_LISTING_RETRY_DELAY", 0.0)
+    async with operated(tmp_path) as (api, operator):
+
+        def list_objects(assignment: Assignment) -> AsyncIterator[list[MediaObject]]:
+            raise CatalogUnavailable("the squid is away")
+
+        monkeypatch.setattr(api.context.catalog, "list_objects", list_objects)
+        done = await command(operator, "warm", "--all")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "distributor: the warming has ended early: the squid is away\n" in done.stderr
 
 
 async def test_pins_are_bounded(tmp_path: Path) -> None:
@@ -309,6 +536,31 @@ async def test_orders_say_what_each_object_was_found_to_be(tmp_path: Path) -> No
         purged = await commands.purge(list(states))
         assert purged["purging"] == 7
         assert purged["objects"] == [{"id": name, "state": state} for name, state in states.items()]
+
+
+async def test_pins_are_listed_also_of_objects_that_are_not_here(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        record = StoredRecord(ObjectId("here"), 3, None, None, "text/plain", 0)
+        file = api.context.volume.open_partial_for_writing(record)
+        file.write(0, b"abc")
+        file.mark_verified()
+        file.publish(record)
+        file.close()
+        await operator.command("pin", {"ids": ["nowhere", "7", "here"]})
+        assert await operator.query("pins?limit=2") == {
+            "pins": [{"id": "7", "state": "not_uploaded"}, {"id": "here", "state": "stored"}],
+            "next": "here",
+            "total": 3,
+        }
+        assert await operator.query("pins?limit=2&after=here") == {
+            "pins": [{"id": "nowhere", "state": "unknown"}],
+            "next": None,
+            "total": 3,
+        }
+        assert (await operator.ask("GET", "pins?limit=0")).status == 400
+        listed = await command(operator, "pins", "--not-stored")
+        assert [json.loads(line)["id"] for line in listed.stdout.splitlines()] == ["7", "nowhere"]
+        assert len((await command(operator, "pins")).stdout.splitlines()) == 3
 
 
 async def test_a_lookup_that_fails_does_not_hide_that_the_order_was_carried_out(

@@ -81,12 +81,12 @@ class RunningApi:
 async def running_api(
     directory: Path, assets: AssetResponder | None = None, **changes: Any
 ) -> AsyncIterator[RunningApi]:
-    """`changes`: settings of `public_api`, and `node`: of the top level. No `assets`: the real ones."""
+    """`changes`: settings of the top level; without `catalog`, that is a manifest. No `assets`: the real ones."""
     manifest = directory / "manifest.yaml"
     manifest.write_text('version: 1\nobjects:\n  - {id: "7", size: 3, bucket: "0:1", accepted: false}\n')
     settings = Settings(
         id="test-node",
-        catalog={"kind": "manifest", "manifest": manifest},
+        catalog=changes.pop("catalog", {"kind": "manifest", "manifest": manifest}),
         storage={"path": directory / "volume"},
         public_api={"host": "127.0.0.1", "port": 0, **changes.pop("public_api", {})},
         **changes,

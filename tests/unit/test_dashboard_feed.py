@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
 from typing import Any, cast
@@ -88,6 +89,20 @@ def test_paused_downloads_that_are_not_listed_do_not_count_as_running() -> None:
     shown = feed._downloads_as_json(fetches, partial, 2)
     assert len(shown["downloads"]) == MAX_DOWNLOADS
     assert (shown["queue"]["downloads"], shown["queue"]["paused"]) == (0, MAX_DOWNLOADS + 5)
+
+
+def test_the_partial_file_of_each_download_is_looked_at() -> None:
+    """Also of more than are opened otherwise: without its extents a download without viewers counted as paused."""
+    running = [
+        Fetch(ObjectId(f"{number}"), FetchPhase.FETCHING, MIB, "worker", None, 10, age=number)
+        for number in range(10 * MAX_DOWNLOADS + 5)
+    ]
+    parked = replace(running[0], object_id=ObjectId("parked"), phase=FetchPhase.PARKED)
+    opened = list[ObjectId]()
+    context = SimpleNamespace(volume=SimpleNamespace(open_partial=opened.append))
+    feed = Feed(cast("Any", context), cast("Any", None), cast("Any", None), cast("Any", None))
+    assert feed._partial_files([*running, parked]) == {}
+    assert opened == [fetch.object_id for fetch in running]
 
 
 def test_since_when_something_is_wrong() -> None:

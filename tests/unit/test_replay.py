@@ -403,6 +403,20 @@ def test_the_recommendation_prefers_fewer_bytes_from_sources_among_equals() -> N
     assert "(0.62 under lru-sp)" in sentence
 
 
+@pytest.mark.parametrize("requests", [1, 999])
+def test_nothing_is_concluded_from_few_requests(tmp_path: Path, requests: int) -> None:
+    log = tmp_path / "access.csv"
+    log.write_text("\n".join(f"{AT + number},{number % 30},100000" for number in range(requests)))
+    done = CliRunner().invoke(app, ["replay", str(log), "--size", "1M"])
+    assert done.exit_code == 0, done.output
+    counted = "1 request is too few" if requests == 1 else "999 requests are too few"
+    told = f"{counted} to choose a setting by: the rows may differ by chance. Expected at least 1000."
+    assert done.output.splitlines()[-1] == told
+    assert "points behind" not in done.output
+    found = json.loads(CliRunner().invoke(app, ["replay", str(log), "--size", "1M", "--json"]).stdout)
+    assert (found["recommendation"], found["gap"]) == (told, None)
+
+
 def test_the_trace_is_what_its_parameters_say() -> None:
     trace = Trace(Parameters(views=60_000))
     assert 0.38 < trace.seen_once < 0.52
@@ -439,7 +453,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
             bytes=1000 * (1 + number % 30),
             x_cache="hit" if number > 30 else "miss",
         )
-        for number in range(300)
+        for number in range(1200)
     ]
     log.write_text("\n".join(lines), encoding="utf-8")
     done = CliRunner().invoke(
@@ -458,10 +472,10 @@ def test_the_whole_command(tmp_path: Path) -> None:
         ],
     )
     assert done.exit_code == 0, done.output
-    assert "300 requests for 30 objects" in done.output
-    assert "By the log's own account, 89.7% of requests were hits." in done.output
-    assert "| 1M | gdsf c0=auto | 0.900 |" in done.output
-    assert "| 1M | sieve | 0.900 |" in done.output
+    assert "1200 requests for 30 objects" in done.output
+    assert "By the log's own account, 97.4% of requests were hits." in done.output
+    assert "| 1M | gdsf c0=auto | 0.975 |" in done.output
+    assert "| 1M | sieve | 0.975 |" in done.output
     assert (
         "gdsf c0=auto, second view above auto is 0.0 points behind the best object hit ratio (" in done.output
     )

@@ -17,14 +17,13 @@ from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.dashboard.history import STEP, CounterSum, History
 from distributor_node.services.api.health import HealthChecks
-from distributor_node.services.api.operator.explain import ObjectExplainer, in_words, removal_reason
-from distributor_node.services.api.status import UsageReader
-from distributor_node.shared.domain.errors import (
-    CatalogUnavailable,
-    InvalidInput,
-    StateStoreUnavailable,
-    VolumeError,
+from distributor_node.services.api.operator.explain import (
+    ObjectExplainer,
+    explanation_in_words,
+    removal_reason,
 )
+from distributor_node.services.api.status import UsageReader
+from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.domain.source_order import rank
@@ -37,7 +36,6 @@ from distributor_node.shared.runtime.process_reports import (
     read_reports,
 )
 from distributor_node.shared.settings.model import FetchSettings
-from distributor_node.shared.settings.sizes import plural
 from distributor_node.shared.waiting import cancel_and_wait
 
 MAX_DOWNLOADS, MAX_QUEUED, MAX_SOURCES, MAX_VIEWERS, MAX_PROCESSES = 40, 20, 50, 50, 100
@@ -46,6 +44,11 @@ MAX_PEERS = 64
 MAX_REMOVED_SHOWN, MAX_REMOVED_KNOWN = 12, 5000
 CHECK_INTERVAL = 5.0
 """Seconds between two checks of what the node depends on, while a page is open."""
+_CHECK_WAIT = 3.0
+"""Seconds that a snapshot waits for a check, if the last one is too old. A check takes two seconds at most."""
+_DRAINING = (
+    "it serves what is cached, proxies the rest and starts no fetch, until `distributor operator drain --off`"
+)
 _RATE_WINDOW = 5.0
 _MAX_SWITCHES = 10
 
@@ -123,10 +126,10 @@ class Feed:
         now = self._clock()
         store_replies = await self._read_reports()
         fetches = await self._fetches()
-        self._check()
+        await self._check()
         # Those being fetched first: there may be more than are opened
-        by_phase = sorted(fetches or (), key=lambda fetch: fetch.phase is FetchPhase.PARKED)
-        partial = await asyncio.to_thread(self._partial_files, [fetch.object_id for fetch in by_phase])
+        by_phase = sorted(fetches or (), key=lambda fetch: fetch.phase is not FetchPhase.FETCHING)
+        partial = await asyncio.to_thread(self._partial_files, by_phase)
         settings = self._context.settings
         return {
             "at": round(now, 3),
@@ -134,6 +137,7 @@ class Feed:
                 one.content.interval <= WATCHED_INTERVAL for one in self._processes if not one.is_late
             ),
             "node": {"id": settings.id, "version": VERSION, "environment": settings.environment},
+            "notices": self._notices(),
             "totals": self._history.totals(),
             "volume": await self._volume(by_phase, partial),
             **self._downloads_as_json(fetches, partial, now),
@@ -149,10 +153,17 @@ class Feed:
         except StateStoreUnavailable:
             return None
 
-    def _check(self) -> None:
-        """Check what the node depends on, if that is due. No snapshot waits for it: what is down replies late."""
-        if self._checking is None and time.monotonic() - self._checked_at >= CHECK_INTERVAL:
+    async def _check(self) -> None:
+        """Check what the node depends on, if that is due.
+
+        A snapshot waits for it only if no page was open for a while: what is down replies late, and what was found
+        then may be wrong now.
+        """
+        age = time.monotonic() - self._checked_at
+        if self._checking is None and age >= CHECK_INTERVAL:
             self._checking = asyncio.create_task(self._check_dependencies(), name="check-dependencies")
+        if self._checking is not None and age >= 2 * CHECK_INTERVAL:
+            await asyncio.wait({self._checking}, timeout=_CHECK_WAIT)
 
     async def _check_dependencies(self) -> None:
         try:
@@ -164,10 +175,20 @@ class Feed:
         if self._checking is not None:
             await cancel_and_wait(self._checking)
 
-    def _partial_files(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, tuple[Extents, bool]]:
-        """The extents on disk of each, and whether they are verified. Blocking."""
+    def _notices(self) -> list[dict[str, str]]:
+        """What an operator has set that is no fault, and that explains what the node does."""
+        draining = self._context.operator_state.current.draining
+        return [{"name": "draining", "words": f"The node drains: {_DRAINING}."}] if draining else []
+
+    def _partial_files(self, fetches: Sequence[Fetch]) -> dict[ObjectId, tuple[Extents, bool]]:
+        """The extents on disk of each, and whether they are verified. Blocking.
+
+        Of all that are being fetched, since the paused ones are counted, and of some others.
+        """
         found = {}
-        for object_id in object_ids[: 10 * MAX_DOWNLOADS]:
+        fetching = sum(fetch.phase is FetchPhase.FETCHING for fetch in fetches)
+        for fetch in fetches[: max(fetching, 10 * MAX_DOWNLOADS)]:
+            object_id = fetch.object_id
             try:
                 reader = self._context.volume.open_partial(object_id)
                 if reader is not None:
@@ -366,7 +387,7 @@ class Feed:
             "job queue": "Job queue (in memory)" if in_memory else "Job queue (RabbitMQ)",
             "catalog": f"Catalog ({self._context.settings.catalog.kind})",
         }
-        problems = dict(self._checked)
+        problems = {**self._checked, "public port": self._health.check_port()}
         if not store_replies:
             problems["state store"] = problems.get("state store") or "state store: unavailable"
         alive = [process for process in self._processes if not process.is_late]
@@ -429,30 +450,9 @@ class Feed:
         if explained["state"] == "absent" and not self._context.catalog.can_have(object_id):
             raise InvalidInput(f"malformed object id: this node's catalog has no such ids, got {object_id!r}")
         known = self._removed.get(object_id)
+        words = await explanation_in_words(self._context, explained, known)
         removed = None if known is None else known.model_dump(exclude_none=True)
-        catalog = None
-        if explained["state"] in ("absent", "failed"):
-            catalog = await self._catalog_says(object_id)
-        return {"words": in_words(explained, removed, catalog), "removed": removed, **explained}
-
-    async def _catalog_says(self, object_id: ObjectId) -> str:
-        context = self._context
-        if not context.catalog.can_have(object_id):
-            return "The catalog cannot have an object with such an id."
-        try:
-            found = await context.catalog.look_up(object_id)
-        except CatalogUnavailable as error:
-            return f"The catalog cannot be asked at the moment: {error}."
-        if found is None:
-            return "The catalog says that it does not exist."
-        if not context.assignment.current.covers(found):
-            return "The catalog says that it exists, in buckets that are not assigned to this node."
-        if not found.accepted:
-            return "The catalog says that it has not been uploaded yet."
-        if found.size is not None and found.size > context.settings.storage.largest_cached_size:
-            return "It is larger than the largest object that this node caches, so it is always proxied."
-        sources = plural(len(found.sources), "source")
-        return f"The catalog knows it, at {sources}: the first request fetches it."
+        return {"words": words, "removed": removed, **explained}
 
 
 class ProblemTimes:

@@ -175,6 +175,11 @@ function line(one, now) {
       make("span", { class: "words" }, make("span", { class: "hidden" }, one.ok ? "works: " : "wrong: "), words)));
 }
 
+/** What an operator has set. It is no fault, and explains what the node does. */
+function notice(one) {
+  return make("li", { class: "noted" }, make("span", { class: "lamp", ariaHidden: "true" }), make("span", { class: "words" }, one.words));
+}
+
 let wrongBefore = null;
 /** Tell screen readers what has changed, and nothing else: a page that is read out each second is of no use. */
 function announce(wrong) {
@@ -408,7 +413,8 @@ function update(snapshot) {
   show("map", [volume.map, victims.map((one) => [one.id, one.at])], () => map(volume, victims));
   show("removed", [volume.removed, victims.length], () => removed(volume, now));
   const ticks = snapshot.components.some((one) => !one.ok) ? Math.floor(now) : 0;
-  show("components", [snapshot.components, ticks], () => snapshot.components.map((one) => line(one, now)));
+  show("components", [snapshot.notices, snapshot.components, ticks],
+    () => [...snapshot.notices.map(notice), ...snapshot.components.map((one) => line(one, now))]);
   show("processes", [snapshot.processes, Math.floor(now / 10)], () => snapshot.processes.map((one) => line(one, now)));
   downloads(snapshot.downloads);
   queue(snapshot.queue);
@@ -420,15 +426,16 @@ function update(snapshot) {
     show("fleet", snapshot.fleet, () => fleet(snapshot.fleet));
   }
   const wrong = [...snapshot.components, ...snapshot.processes].filter((one) => !one.ok);
-  announce(wrong.map((one) => `${one.kind ?? ""} ${one.name}: ${one.words}`.trim()).join("; "));
-  connection(wrong.length ? plural(wrong.length, "problem") : "everything works", wrong.length === 0);
+  const noted = snapshot.notices.map((one) => one.name).join(", ");
+  announce([...snapshot.notices.map((one) => one.words), ...wrong.map((one) => `${one.kind ?? ""} ${one.name}: ${one.words}`.trim())].join("; "));
+  connection(wrong.length ? plural(wrong.length, "problem") : noted || "everything works", wrong.length ? "bad" : noted ? "warn" : "good");
   document.title = `${wrong.length ? `(${wrong.length}) ` : ""}${node.id} – distributor node`;
 }
 
-function connection(words, good) {
+function connection(words, kind) {
   const badge = at("connection");
   if (badge.textContent !== words) badge.textContent = words;
-  badge.className = good ? "badge good" : "badge bad";
+  badge.className = `badge ${kind}`;
 }
 
 const stream = new EventSource("events");
@@ -443,6 +450,6 @@ stream.addEventListener("history", (event) => {
 });
 stream.addEventListener("error", () => {
   document.body.classList.add("stale");
-  connection("not connected, trying again", false);
+  connection("not connected, trying again", "bad");
   announce("The page is not connected to the node. It tries again.");
 });

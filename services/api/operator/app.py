@@ -24,7 +24,11 @@ from distributor_node.services.api.operator.auth import (
     weak_secret,
 )
 from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries, warming_as_json
-from distributor_node.services.api.operator.explain import ObjectExplainer
+from distributor_node.services.api.operator.explain import (
+    ObjectExplainer,
+    explanation_in_words,
+    last_removal,
+)
 from distributor_node.services.api.operator.warming import CacheWarmer
 from distributor_node.services.api.request_log import request_record
 from distributor_node.services.api.sanic_app import (
@@ -35,6 +39,7 @@ from distributor_node.services.api.sanic_app import (
     unregister_application,
 )
 from distributor_node.services.api.server import PublicServer
+from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.settings.model import PublicApi
 from distributor_node.shared.waiting import background
@@ -95,7 +100,7 @@ def build_operator_app(
     authenticator: TokenAuthenticator,
     commands: OperatorCommands,
     queries: OperatorQueries,
-    explainer: ObjectExplainer,
+    explain: Callable[[ObjectId], Awaitable[dict[str, Any]]],
     warmer: CacheWarmer,
 ) -> ApiApplication:
     """Build the operator API. Opens nothing. `public_api`: the connection limits, which are the same."""
@@ -104,10 +109,12 @@ def build_operator_app(
     application.ctx.fast_path = None
 
     async def set_worker(body: Any) -> dict[str, Any]:
-        return await commands.set_worker(bodies.parse_worker(body))
+        worker_id, check = bodies.parse_worker(body)
+        return await commands.set_worker(worker_id, check=check)
 
     async def set_buckets(body: Any) -> dict[str, Any]:
-        return await commands.set_buckets(bodies.parse_buckets(body))
+        buckets, check = bodies.parse_buckets(body)
+        return await commands.set_buckets(buckets, check=check)
 
     async def drain(body: Any) -> dict[str, Any]:
         return await commands.drain(bodies.parse_toggle(body))
@@ -129,10 +136,11 @@ def build_operator_app(
     _add(application, authenticator, "stop-api", _without_arguments(commands.stop))
     _add(application, authenticator, "start-api", _without_arguments(commands.start))
     _add(application, authenticator, "shutdown", _without_arguments(commands.shut_down))
+    _add(application, authenticator, "reset-assignment", _without_arguments(commands.reset_assignment))
     for command in (set_worker, set_buckets, drain, pin, unpin, purge, warm):
         _add(application, authenticator, command.__name__.replace("_", "-"), command)
     _add_queries(application, authenticator, commands, queries)
-    _add_explain(application, authenticator, explainer)
+    _add_explain(application, authenticator, explain)
     return application
 
 
@@ -145,6 +153,10 @@ def _add_queries(
     async def cache(request: Request) -> dict[str, Any]:
         query = {name: values[-1] for name, values in request.get_args(keep_blank_values=True).items()}
         return await queries.cache(*bodies.parse_page(query))
+
+    async def pins(request: Request) -> dict[str, Any]:
+        query = {name: values[-1] for name, values in request.get_args(keep_blank_values=True).items()}
+        return await commands.pins(*bodies.parse_page(query))
 
     async def downloads(_request: Request) -> dict[str, Any]:
         return await queries.downloads()
@@ -161,6 +173,7 @@ def _add_queries(
 
     for path, query in (
         ("cache", cache),
+        ("pins", pins),
         ("downloads", downloads),
         ("warm", warming),
         ("orders", operator_state),
@@ -193,14 +206,16 @@ def _add_query(
 
 
 def _add_explain(
-    application: ApiApplication, authenticator: TokenAuthenticator, explainer: ObjectExplainer
+    application: ApiApplication,
+    authenticator: TokenAuthenticator,
+    explain: Callable[[ObjectId], Awaitable[dict[str, Any]]],
 ) -> None:
     path = f"{_BASE}/cache/<object_id>"
 
     async def handle(request: Request[Any, Any], object_id: str) -> HTTPResponse:
         request_record(request).path = f"{_BASE}/cache/{{id}}"
         await authenticator.authenticate(request)
-        return _json(await explainer.explain(bodies.parse_object_id(object_id)))
+        return _json(await explain(bodies.parse_object_id(object_id, query=request.query_string)))
 
     application.add_route(handle, path, methods=("GET",), name="get-cache-object", ignore_body=False)
 
@@ -215,6 +230,17 @@ def _without_arguments(command: Callable[[], Awaitable[dict[str, Any]]]) -> Comm
 
 def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> HTTPResponse:
     return HTTPResponse(json.dumps(body), status, {**_NO_STORE, **(headers or {})}, "application/json")
+
+
+def explain_with(context: ApiContext) -> Callable[[ObjectId], Awaitable[dict[str, Any]]]:
+    """Return what answers `GET /cache/{id}`: the explanation in fields, and in the sentences of the node's page."""
+    explainer = ObjectExplainer(context.state, context.volume, context.settings.evictor)
+
+    async def explain(object_id: ObjectId) -> dict[str, Any]:
+        explained, removed = await explainer.explain(object_id), await last_removal(context.state, object_id)
+        return {"words": await explanation_in_words(context, explained, removed), **explained}
+
+    return explain
 
 
 @asynccontextmanager
@@ -236,9 +262,8 @@ async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -
         logger.warning("operator_secret_weak", reason=weakness)
     authenticator = TokenAuthenticator(context.state, secret)
     queries = OperatorQueries(context.state, context.volume)
-    explainer = ObjectExplainer(context.state, context.volume, context.settings.evictor)
     application = build_operator_app(
-        context.settings.public_api, authenticator, commands, queries, explainer, warmer
+        context.settings.public_api, authenticator, commands, queries, explain_with(context), warmer
     )
     server = PublicServer(
         application, ListenAddress(settings.host, settings.port, shared_port, "operator_api")

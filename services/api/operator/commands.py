@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -30,6 +30,9 @@ _PURGE_BATCH = 1000
 _LOOKUP_TIMEOUT = 10.0
 """Seconds for the look-ups of all ids of one command."""
 _LOOKUPS_AT_ONCE = 50
+_BUCKETS_TIMEOUT = 5.0
+"""Seconds for the catalog to say which buckets it has."""
+_MAX_BUCKETS_SHOWN = 20
 
 logger = structlog.get_logger()
 
@@ -80,21 +83,79 @@ class OperatorCommands:
         """Stop every API process."""
         return await self._change("shut down", lambda state: replace(state, shutdowns=state.shutdowns + 1))
 
-    async def set_worker(self, worker_id: int) -> dict[str, Any]:
-        return await self._change(
+    async def set_worker(self, worker_id: int, *, check: bool = False) -> dict[str, Any]:
+        """Serve as this worker. `check`: refuse one that operates no bucket, if the catalog can be asked."""
+        checked = check and await self._check(self._check_worker(worker_id))
+        state = await self._change(
             "set worker", lambda state: replace(state, worker_ordered=True, worker_id=worker_id)
         )
+        return {**state, "checked": checked}
 
-    async def set_buckets(self, buckets: frozenset[str] | None) -> dict[str, Any]:
-        """Serve these buckets. None: all buckets of the worker, or everything, as configured."""
+    async def set_buckets(self, buckets: frozenset[str] | None, *, check: bool = False) -> dict[str, Any]:
+        """Serve these buckets. None: all buckets of the worker, or everything, as configured.
+
+        `check`: refuse those that do not exist, if the catalog can be asked.
+        """
 
         def change(state: OperatorState) -> OperatorState:
             changed = replace(state, buckets_ordered=True, buckets=buckets)
             if buckets is None and changed.assignment(self._operator_state.configured).bucket_ids is not None:
-                raise HttpError(409, "No worker is set: use set-worker first", "no_worker")
+                raise HttpError(
+                    409,
+                    "No worker is set: use set-worker first, or reset-assignment to serve what the settings say",
+                    "no_worker",
+                )
             return changed
 
-        return await self._change("set buckets", change)
+        checked = check and await self._check(self._check_buckets(buckets, change))
+        return {**await self._change("set buckets", change), "checked": checked}
+
+    async def reset_assignment(self) -> dict[str, Any]:
+        """Serve the buckets or the worker of the settings."""
+        default = OperatorState()
+
+        def change(state: OperatorState) -> OperatorState:
+            return replace(
+                state,
+                worker_ordered=default.worker_ordered,
+                worker_id=default.worker_id,
+                buckets_ordered=default.buckets_ordered,
+                buckets=default.buckets,
+            )
+
+        return await self._change("reset assignment", change)
+
+    async def _check(self, check: Awaitable[None]) -> bool:
+        """Return whether the catalog has replied in time. A node whose catalog is down still takes commands."""
+        try:
+            async with asyncio.timeout(_BUCKETS_TIMEOUT):
+                await check
+        except (CatalogUnavailable, TimeoutError) as error:
+            logger.warning("assignment_not_checked", reason=str(error) or "no reply in time")
+            return False
+        return True
+
+    async def _check_worker(self, worker_id: int) -> None:
+        if not await self._catalog.bucket_ids(worker_id):
+            message = (
+                f"workerId: expected a worker with buckets in the catalog, got {worker_id}, which has none"
+            )
+            raise HttpError(409, message, "unknown_worker")
+
+    async def _check_buckets(
+        self, buckets: frozenset[str] | None, change: Callable[[OperatorState], OperatorState]
+    ) -> None:
+        if buckets is None:
+            state = change(await self._reject_if_shutting_down())
+            worker_id = state.assignment(self._operator_state.configured).worker_id
+            if worker_id is not None:
+                await self._check_worker(worker_id)
+            return
+        known = await self._catalog.bucket_ids()
+        unknown = buckets.difference(known)
+        if unknown:
+            message = f"buckets: expected buckets of the catalog ({_listed(known)}), got {_listed(unknown)}"
+            raise HttpError(409, message, "unknown_bucket")
 
     async def drain(self, on: bool) -> dict[str, Any]:
         return await self._change("drain", lambda state: replace(state, draining=on))
@@ -109,6 +170,21 @@ class OperatorCommands:
     async def unpin(self, object_ids: Sequence[ObjectId]) -> dict[str, Any]:
         await self._reject_if_shutting_down()
         return await self._change_pins(object_ids, unpin=object_ids)
+
+    async def pins(self, limit: int, after: str) -> dict[str, Any]:
+        """Return up to `limit` pinned objects with ids greater than `after`, in order of id, here or not.
+
+        `next` is the `after` of the next page, None on the last page.
+        """
+        pinned = await self._state.pinned()
+        found = heapq.nsmallest(limit + 1, (object_id for object_id in pinned if object_id > after))
+        more, page = len(found) > limit, found[:limit]
+        states = await self._with_catalog(await self._find_here(page))
+        return {
+            "pins": [{"id": object_id, "state": states[object_id]} for object_id in page],
+            "next": page[-1] if more else None,
+            "total": len(pinned),
+        }
 
     async def purge(self, object_ids: Sequence[ObjectId] | None) -> dict[str, Any]:
         """Purge these objects. None: all objects that are cached or being fetched now."""
@@ -130,6 +206,12 @@ class OperatorCommands:
 
     async def warm(self, scope: WarmingScope) -> Warming:
         await self._reject_if_shutting_down()
+        if scope.object_ids is None and not self._catalog.can_list:
+            field = "all" if scope.bucket_id is None else "bucket"
+            message = (
+                f"{field}: expected ids, since the catalog of this node cannot list its objects, got {field}"
+            )
+            raise HttpError(409, message, "cannot_list")
         warming = await self._state.start_warming(scope)
         if warming is None:
             raise HttpError(409, "Another warming is in progress", "already_warming")
@@ -242,6 +324,13 @@ class OperatorCommands:
             "workerId": assignment.worker_id,
             "buckets": None if assignment.bucket_ids is None else sorted(assignment.bucket_ids),
         }
+
+
+def _listed(bucket_ids: Collection[str]) -> str:
+    shown = sorted(bucket_ids, key=lambda bucket_id: [int(part) for part in bucket_id.split(":")])
+    more = len(shown) - _MAX_BUCKETS_SHOWN
+    named = ", ".join(shown[:_MAX_BUCKETS_SHOWN]) or "none"
+    return f"{named} and {more} more" if more > 0 else named
 
 
 def _stopped(state: OperatorState) -> OperatorState:

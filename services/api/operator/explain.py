@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distributor_node.services.api.operator.commands import fetch_as_json
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.errors import CatalogUnavailable, VolumeError
 from distributor_node.shared.domain.eviction import Gdsf, PolicyEntry
 from distributor_node.shared.domain.eviction.position import Position, position_of
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
@@ -20,11 +20,19 @@ from distributor_node.shared.ports.state_store import (
     FetchPhase,
     IndexEntry,
     ObjectStatus,
+    ReportStore,
     StateStore,
     with_views,
 )
+from distributor_node.shared.runtime.process_reports import RemovedObject, read_reports
 from distributor_node.shared.settings.model import EvictorSettings
 from distributor_node.shared.settings.sizes import plural
+
+if TYPE_CHECKING:
+    from distributor_node.services.api.context import ApiContext
+
+CATALOG_TIMEOUT = 10.0
+"""Seconds for the look-up of an object that is not here."""
 
 StoredState = Literal["stored", "leaving", "missing", "unindexed", "failed", "absent"]
 
@@ -117,6 +125,44 @@ class ObjectExplainer:
             )
         except VolumeError:
             return OnVolume(readable=False)
+
+
+async def explanation_in_words(
+    context: ApiContext, explained: Mapping[str, Any], removed: RemovedObject | None
+) -> list[str]:
+    """Return the answer as sentences. The catalog is asked about what is not here, for a bounded time."""
+    catalog = None
+    if explained["state"] in ("absent", "failed"):
+        catalog = await _catalog_says(context, explained["id"])
+    return in_words(explained, None if removed is None else removed.model_dump(exclude_none=True), catalog)
+
+
+async def last_removal(store: ReportStore, object_id: ObjectId) -> RemovedObject | None:
+    """Return what the evictor has told of the object's last removal, if that is among the newest ones."""
+    removals = (one for process in await read_reports(store) for one in process.content.removed)
+    return max((one for one in removals if one.id == object_id), key=lambda one: one.at, default=None)
+
+
+async def _catalog_says(context: ApiContext, object_id: ObjectId) -> str:
+    if not context.catalog.can_have(object_id):
+        return "The catalog cannot have an object with such an id."
+    try:
+        async with asyncio.timeout(CATALOG_TIMEOUT):
+            found = await context.catalog.look_up(object_id)
+    except TimeoutError:
+        return f"The catalog cannot be asked at the moment: no reply within {CATALOG_TIMEOUT:g} s."
+    except CatalogUnavailable as error:
+        return f"The catalog cannot be asked at the moment: {error}."
+    if found is None:
+        return "The catalog says that it does not exist."
+    if not context.assignment.current.covers(found):
+        return "The catalog says that it exists, in buckets that are not assigned to this node."
+    if not found.accepted:
+        return "The catalog says that it has not been uploaded yet."
+    if found.size is not None and found.size > context.settings.storage.largest_cached_size:
+        return "It is larger than the largest object that this node caches, so it is always proxied."
+    sources = plural(len(found.sources), "source")
+    return f"The catalog knows it, at {sources}: the first request fetches it."
 
 
 def in_words(

@@ -25,6 +25,19 @@ from distributor_node.services.api.operator.schemas import (
 )
 from distributor_node.shared.domain.eviction import POLICY_NAMES
 
+_PAGE: list[Json] = [
+    {
+        "name": "limit",
+        "in": "query",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_IDS, "default": 100},
+    },
+    {
+        "name": "after",
+        "in": "query",
+        "description": "`next` of the page before.",
+        "schema": ref("schemas", "ObjectId"),
+    },
+]
 _SHUTTING_DOWN = "or the node is shutting down"
 _ENDING = "The node is shutting down"
 
@@ -70,12 +83,23 @@ def _paths() -> Json:
             conflict=f"Not stopped; {_SHUTTING_DOWN}",
         ),
         "shutdown": _command("shutdown", "End every API process, with exit code 0", _body(EmptyBody)),
-        "set-worker": _command("setWorker", "Serve as this worker", _body(WorkerBody)),
+        "set-worker": _command(
+            "setWorker",
+            "Serve as this worker",
+            _body(WorkerBody),
+            "Assigned",
+            conflict=f"With `check`, and the catalog knows no bucket of the worker; {_SHUTTING_DOWN}",
+        ),
         "set-buckets": _command(
             "setBuckets",
             "Serve these buckets, or without `buckets` all of the worker",
             _body(BucketsBody),
-            conflict=f"Without `buckets`, and no worker is known; {_SHUTTING_DOWN}",
+            "Assigned",
+            conflict=f"With `check`, and the catalog does not have them; without `buckets`, and no worker is known; "
+            f"{_SHUTTING_DOWN}",
+        ),
+        "reset-assignment": _command(
+            "resetAssignment", "Serve the buckets or the worker of the settings again", _body(EmptyBody)
         ),
         "drain": _command("drain", "Serve what is cached, take no new fetches", _body(ToggleBody)),
         "purge": _command(
@@ -95,7 +119,8 @@ def _paths() -> Json:
                 _one_of(WARMING_BODIES),
                 "Warming",
                 description="At low priority, and only as long as there is room: nothing is evicted for it.",
-                conflict=f"Another warming is in progress; {_SHUTTING_DOWN}",
+                conflict="Another warming is in progress; without ids, and the catalog cannot list its objects; "
+                f"{_SHUTTING_DOWN}",
             ),
             **_query("warming", "Progress of the latest warming", "Warming"),
         },
@@ -103,23 +128,17 @@ def _paths() -> Json:
             "cache",
             "The cached objects, page by page in the order of their ids",
             "Page",
-            parameters=[
-                {
-                    "name": "limit",
-                    "in": "query",
-                    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_IDS, "default": 100},
-                },
-                {
-                    "name": "after",
-                    "in": "query",
-                    "description": "`next` of the page before.",
-                    "schema": ref("schemas", "ObjectId"),
-                },
-            ],
+            parameters=_PAGE,
+        ),
+        "pins": _query(
+            "pins",
+            "The pinned objects, here or not, page by page in the order of their ids",
+            "PinnedPage",
+            parameters=_PAGE,
         ),
         "cache/{id}": _query(
             "explain",
-            "What the node knows of one object, and its place in the order of eviction",
+            "What the node knows of one object, and its place in the order of eviction. A query belongs to the id",
             "Explanation",
             parameters=[{"name": "id", "in": "path", "required": True, "schema": ref("schemas", "ObjectId")}],
         ),
@@ -238,15 +257,24 @@ _STATE: Json = {
     "it. `not_uploaded`, `unassigned`: as the catalog says. `unchecked`: not here, and the catalog did not reply.",
 }
 
+_ORDERS: Json = {
+    "stopped": _FLAG,
+    "draining": _FLAG,
+    "shuttingDown": _FLAG,
+    "workerId": _or_null({"type": "integer"}),
+    "buckets": _or_null(array(BUCKET_ID_SCHEMA)),
+}
+
 SCHEMAS: dict[str, Any] = {
     "ObjectId": OBJECT_ID_SCHEMA,
     "Error": _closed(type=_TEXT, message=_TEXT),
-    "Orders": _closed(
-        stopped=_FLAG,
-        draining=_FLAG,
-        shuttingDown=_FLAG,
-        workerId=_or_null({"type": "integer"}),
-        buckets=_or_null(array(BUCKET_ID_SCHEMA)),
+    "Orders": _closed(**_ORDERS),
+    "Assigned": _closed(
+        **_ORDERS,
+        checked={
+            **_FLAG,
+            "description": "Whether the catalog has been asked. False also if it has not replied in time.",
+        },
     ),
     "Purging": _closed(
         purging=count("Objects that are removed if they are here."),
@@ -265,6 +293,11 @@ SCHEMAS: dict[str, Any] = {
                 changed={**_FLAG, "description": "False: it was pinned already, or was not pinned."},
             )
         ),
+    ),
+    "PinnedPage": _closed(
+        pins=array(_closed(id=_OBJECT_ID, state=_STATE)),
+        next=_or_null(_TEXT),
+        total=count("All objects that are pinned, here or not."),
     ),
     "Warming": _closed(
         state={"enum": ["none", "waiting", "listing", "fetching", "finished"]},
@@ -314,6 +347,11 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Downloads": _closed(downloads=array(ref("schemas", "Download"))),
     "Explanation": _closed(
+        words={
+            **array(_TEXT),
+            "description": "What follows in sentences, as on the node's page, with what the evictor and the catalog "
+            "say of an object that is not here.",
+        },
         id=_OBJECT_ID,
         state={
             "enum": [

@@ -33,15 +33,19 @@ def parse_empty(body: Any) -> None:
     _validate(EmptyBody, body)
 
 
-def parse_worker(body: Any) -> int:
-    """Return the worker id of `{"workerId": n}`."""
-    return _validate(WorkerBody, body).worker_id
+def parse_worker(body: Any) -> tuple[int, bool]:
+    """Return the worker id of `{"workerId": n}`, and whether it is to be checked."""
+    order = _validate(WorkerBody, body)
+    return order.worker_id, order.check
 
 
-def parse_buckets(body: Any) -> frozenset[str] | None:
-    """Return the bucket ids of `{"buckets": ["0:1", …]}`. Without `buckets`: None, which means all of the worker."""
-    buckets = _validate(BucketsBody, body).buckets
-    return None if buckets is None else frozenset(buckets)
+def parse_buckets(body: Any) -> tuple[frozenset[str] | None, bool]:
+    """Return the bucket ids of `{"buckets": ["0:1", …]}`, and whether they are to be checked.
+
+    Without `buckets`: None, which means all of the worker.
+    """
+    order = _validate(BucketsBody, body)
+    return None if order.buckets is None else frozenset(order.buckets), order.check
 
 
 def parse_toggle(body: Any) -> bool:
@@ -79,10 +83,14 @@ def parse_page(query: Mapping[str, str]) -> tuple[int, str]:
     return int(limit), parse_object_id(after, "after") if after else ""
 
 
-def parse_object_id(text: str, place: str = "id") -> ObjectId:
-    """Read an object id in a path or query: percent-encoded, or the digest of one."""
+def parse_object_id(text: str, place: str = "id", query: str = "") -> ObjectId:
+    """Read an object id in a path or query: percent-encoded, or the digest of one. `query`: that belongs to the id."""
     try:
-        return ObjectId.parse(text) if ObjectId.is_plain(text) else ObjectId.parse_path(text)
+        return (
+            ObjectId.parse(text)
+            if ObjectId.is_plain(text) and not query
+            else ObjectId.parse_path(text, query)
+        )
     except InvalidInput as error:
         raise _malformed(place, "an object id", text) from error
 
@@ -116,6 +124,8 @@ _ObjectId = Annotated[ObjectId, PlainValidator(_object_id), WithJsonSchema(OBJEC
 _BucketId = Annotated[str, PlainValidator(_bucket_id), WithJsonSchema(BUCKET_ID_SCHEMA)]
 _True = Annotated[bool, PlainValidator(_true), WithJsonSchema({"type": "boolean", "const": True})]
 
+_CHECK = "true to refuse what the catalog does not have, or false"
+
 
 class EmptyBody(BaseModel):
     """No fields. The base of the others: unknown fields are refused, and values are not converted."""
@@ -129,6 +139,7 @@ class WorkerBody(EmptyBody):
     worker_id: int = Field(
         alias="workerId", ge=0, le=MAX_WORKER_ID, description=f"a whole number from 0 to {MAX_WORKER_ID}"
     )
+    check: bool = Field(default=False, description=_CHECK)
 
 
 class BucketsBody(EmptyBody):
@@ -137,6 +148,7 @@ class BucketsBody(EmptyBody):
     buckets: Annotated[list[_BucketId], Field(min_length=1)] | SkipJsonSchema[None] = Field(
         default=None, description="a list of bucket ids, or no such field for all of the worker"
     )
+    check: bool = Field(default=False, description=_CHECK)
 
 
 class ToggleBody(EmptyBody):

@@ -155,7 +155,8 @@ class CacheWarmer:
         async with asyncio.TaskGroup() as group:
             for number in range(MAX_CONCURRENT_FETCHES):
                 group.create_task(self._fetch_planned(progress), name=f"warming-{number}")
-        progress.now = replace(progress.now, state="finished")
+        # A pause that has ended is no reason: with one, a finished warming has ended early.
+        progress.now = replace(progress.now, state="finished", reason="")
 
     async def _plan(self, progress: _Progress) -> None:
         """Plan the fetches. Objects that are too large, cached already or without room are skipped.

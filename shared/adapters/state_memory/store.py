@@ -124,11 +124,11 @@ class MemoryStateStore:
                 row, phase=FetchPhase.QUEUED, ends=now + duration, since=now, duration=duration
             )
 
-    async def release_claim(self, object_id: ObjectId, claimant: str | None) -> None:
+    async def release_claim(self, object_id: ObjectId, claimant: str | None, serial: int = 0) -> None:
         tables = self._tables
         row = tables.row(object_id)
         claimed = row is not None and row.phase in (FetchPhase.CLAIMED, FetchPhase.QUEUED)
-        if row and claimed and claimant in (None, row.worker):
+        if row and claimed and claimant in (None, row.worker) and serial in (0, row.job):
             if row.reserved:
                 tables.park(object_id, row)
             else:

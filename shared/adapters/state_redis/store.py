@@ -176,8 +176,8 @@ class RedisStateStore:
         duration = milliseconds(self._timeouts.queued_seconds)
         await self._connection.run("mark_queued", object_id, claimant, duration)
 
-    async def release_claim(self, object_id: ObjectId, claimant: str | None) -> None:
-        await self._connection.run("withdraw", object_id, claimant or "")
+    async def release_claim(self, object_id: ObjectId, claimant: str | None, serial: int = 0) -> None:
+        await self._connection.run("withdraw", object_id, claimant or "", serial)
 
     async def usage(self) -> Usage:
         reply = await self._connection.run("usage", "")
