@@ -188,6 +188,8 @@ async def test_a_fourth_cell_moves_its_share_and_takes_it_from_the_others(fleet:
             await process.stop()
             process.start()
         await cell.ready()
+    # One that needs more than three probes to restart leaves, and returns once it has answered three.
+    await eventually(lambda: fleet.knows_all(range(4)), what="all cells see each other")
     for object_id in ids:  # of cells that have an object still, nothing moves
         assert await fleet.ask(3, object_id)
     await browse(fleet, 4, ids)
