@@ -467,7 +467,7 @@ class TestPauses:
 
     @pytest.mark.parametrize("late_by", [0.0, 0.0025])
     async def test_what_was_buffered_in_a_pause_is_no_rate(self, harness: Harness, late_by: float) -> None:
-        """`late_by`: seconds that pass between any two looks at the clock, as in a process that has no CPU of its own."""
+        """`late_by`: seconds between any two looks at the clock, as in a process that waits for a CPU."""
         node, looks = harness.nodes[0], count()
         node.faults.add(Fault(bytes_per_second=40_000))
 

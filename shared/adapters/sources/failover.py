@@ -43,8 +43,8 @@ OnSource = Callable[[str, SourceResponse], None]
 """Called for each source, with its URL, after its response has begun and before its first byte is yielded."""
 
 _SETTLING = 0.25
-"""Seconds of waiting for bytes after a pause until they come as the source sends them. Before, they come from buffers. One
-wait shows nothing: a process that has to wait for a CPU waits for bytes that are there, too."""
+"""Seconds of waiting for bytes after a pause until they come as the source sends them. Before, they come from buffers.
+One wait shows nothing: a process that has to wait for a CPU waits for bytes that are there, too."""
 
 _OPEN_END = 10**15  # beyond the end of any object; used only if the size is unknown
 
