@@ -257,6 +257,9 @@ class Viewers:
                 place = follower.first, position // max(1, self._step)
                 if place not in places or places[place].position < position:
                     places[place] = Viewer(follower.first, position)
+        # Race: 1. a viewer comes near, 2. it leaves, 3. this report tells of both. If the report at intervals told
+        # after that of an object with viewers at unknown places, its fetch would read on without a limit.
+        self._left.pop(object_id, None)
         if len(places) > MAX_FOLLOWERS:
             return None
         return Followed(object_id, tuple(places.values()), requested=self._followed.pop(object_id, False))

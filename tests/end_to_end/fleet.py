@@ -29,6 +29,7 @@ def report(figure: str) -> None:
     sys.stderr.write(f"{figure}\n")
 
 
+_ALIVE = re.compile(r"^distributor_peers_alive(?:\{.*\})? (\S+)$", re.MULTILINE)
 _SENT = re.compile(r'^distributor_sent_bytes_total\{source="\w+"\} (\S+)$', re.MULTILINE)
 
 
@@ -133,6 +134,10 @@ class Fleet:
         if number > 1:
             self.join(cells, **settings)
         await asyncio.gather(*(cell.up() for cell in cells))
+        if number > 1:
+            # A cell that starts later than the others counts as gone, and its objects are homed elsewhere.
+            everyone = range(len(self.cells))
+            await eventually(lambda: self.knows_all(everyone), what="all cells see each other")
 
     def home(self, object_id: str) -> int:
         return self.homes(object_id)[0]
@@ -149,9 +154,11 @@ class Fleet:
             await eventually(lambda url=url: _is_known(url))  # type: ignore[misc]
 
     async def knows_all(self, numbers: Sequence[int]) -> bool:
-        """Whether each of these cells finds all others alive."""
-        pages = [await self.cells[number].status() for number in numbers]
-        return all(len(page["peers"]["alive"]) == len(self.cells) - 1 for page in pages)
+        """Whether each of these cells finds all others alive. Its processes probe each by itself."""
+        cells = [self.cells[number] for number in numbers]
+        processes = [one for cell in cells for kind in ("api", "fetcher") for one in cell.of(kind)]
+        pages = [(await get(f"{one.health_url}/metrics")).body.decode() for one in processes]
+        return all({float(len(self.cells) - 1)} == set(map(float, _ALIVE.findall(page))) for page in pages)
 
     async def ask(self, number: int, object_id: str) -> bool:
         """Whether the whole object came. A wrong byte fails the test."""

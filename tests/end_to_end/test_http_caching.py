@@ -209,10 +209,15 @@ async def test_an_object_that_the_origin_has_deleted(site: Site, status: int) ->
 async def test_a_stale_object_is_sent_at_once_while_it_is_validated(site: Site) -> None:
     put(site, control="max-age=2, stale-while-revalidate=60")
     await site.until_hit()
+    # The time that the 304 takes counts as age: with the former lifetime it would be stale again at once.
+    put(site, control="max-age=60, stale-while-revalidate=60")
     site.origin.faults.add(Fault(latency_before_headers=1.5), GETS)
     await asyncio.sleep(2.2)
     answers = await asyncio.gather(*(site.get() for _ in range(10)))
-    assert all(is_hit(answer) and ttl(answer) <= 0 for answer in answers)
+    # None waited for the origin. On a busy machine the last ones come after it has answered, and are fresh.
+    assert all(answer.headers["cache-status"].startswith("distributor; hit") for answer in answers)
+    assert all(answer.body == OLD for answer in answers)
+    assert any(ttl(answer) <= 0 for answer in answers)
     await eventually(lambda: conditional(site) == 1)
 
     await until(site, lambda answer: ttl(answer) > 0)

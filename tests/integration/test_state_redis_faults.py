@@ -165,9 +165,12 @@ async def test_a_thousand_calls_on_a_frozen_server_fail_in_time_and_the_next_imm
     await store.ping()
     own_redis.freeze()
     waited = await fail(*(store.find(ObjectId(str(number))) for number in range(1000)))
-    refused = await fail(*(store.find(ObjectId(str(number))) for number in range(100)))
     assert waited >= TIMES.operation_timeout
-    assert refused < waited / 2, "without a wait"
+    calls = (store.find(ObjectId(str(number))) for number in range(100))
+    errors = [str(error) for error in await asyncio.gather(*calls, return_exceptions=True)]
+    refused = errors.count("state store was unreachable a moment ago")
+    # On a busy machine the circuit breaker's time may be over: then one call is a probe, and it alone waits.
+    assert refused >= 99, "without a wait"
     own_redis.thaw()
     await until_it_answers(store)
     assert (await store.find(ONE)).fetch is None

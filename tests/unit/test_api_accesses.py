@@ -267,6 +267,18 @@ class TestFollowers:
         for one in opened:
             one.__exit__(None, None, None)
 
+    async def test_a_viewer_that_leaves_while_its_news_is_told_is_not_one_of_unknown_place(self) -> None:
+        """Otherwise its fetch would read on without a limit until that is forgotten."""
+        store = ReportedStore()
+        await store.claim(ONE, "api-1")
+        viewers = Viewers(store, WINDOW)
+        async with background(viewers.run(), "viewers"):
+            with viewers.viewing(ONE, lambda: 0), viewers.requesting(ONE, 0, lambda: 0) as one:
+                viewers.follow(one)
+            await eventually(lambda: store.reports)
+        await viewers.report()
+        assert await store.followers(ONE) == Followers((), views=1, told=True)
+
     async def test_a_request_that_could_not_be_told_is_told_later(self) -> None:
         store = ReportedStore()
         viewers = Viewers(store, WINDOW)

@@ -42,8 +42,9 @@ from distributor_node.shared.observability import tracing
 OnSource = Callable[[str, SourceResponse], None]
 """Called for each source, with its URL, after its response has begun and before its first byte is yielded."""
 
-_MIN_WAIT = 0.002
-"""Seconds of waiting for bytes that show that they were not in a buffer of this machine."""
+_SETTLING = 0.25
+"""Seconds of waiting for bytes after a pause until they come as the source sends them. Before, they come from buffers.
+One wait shows nothing: a process that has to wait for a CPU waits for bytes that are there, too."""
 
 _OPEN_END = 10**15  # beyond the end of any object; used only if the size is unknown
 
@@ -212,13 +213,12 @@ class FailoverReader:
                     on_source(url, response)
                 span.widen(response)
                 began_at, waiting_since = span.position, self._clock()
-                buffered = (
-                    False  # what comes was sent while it was not read, and says nothing of the source's rate
-                )
+                # Seconds of waiting in which what comes was sent while it was not read, and says nothing of the rate.
+                buffered_for = 0.0
                 async for data in response.chunks:
                     waited = self._clock() - waiting_since
-                    buffered = buffered and waited < _MIN_WAIT
-                    rate = None if buffered else sampler.add(waited, len(data))
+                    buffered_for -= waited
+                    rate = None if buffered_for > 0.0 else sampler.add(waited, len(data))
                     if span.position == began_at:
                         traced.event("first_byte")
                     span.begin(response)
@@ -232,7 +232,8 @@ class FailoverReader:
                                 f"{rate:.0f} bytes a second, {best_other:.0f} expected of another"
                             )
                     returned_at, waiting_since = waiting_since + waited, self._clock()
-                    buffered = buffered or waiting_since - returned_at >= PAUSE
+                    if waiting_since - returned_at >= PAUSE:
+                        buffered_for = _SETTLING
                 if sampler.mean is not None:
                     self._health.record_rate(url, sampler.mean)
 
