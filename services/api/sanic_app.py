@@ -103,6 +103,13 @@ def public_path(route: Route) -> str:
     return f"/{route.path}".replace(":str>", ">")
 
 
+def _was_sent(request: Request) -> bool:
+    """Whether the whole body was sent. A client may close the connection before the handler has ended."""
+    response = request.stream.response if isinstance(request.stream, ApiHttp) else None
+    length = "" if response is None else response.headers.get("Content-Length", "")
+    return length != "" and str(request_record(request).sent) == length
+
+
 class ApiApplication(Sanic):  # type: ignore[type-arg]
     """Sanic with one place where each request is counted, logged and ended."""
 
@@ -127,7 +134,8 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
             else:
                 await super().handle_request(request)
         except asyncio.CancelledError:
-            if record.abort_reason is None and request.conn_info is not None and request.conn_info.lost:
+            lost = request.conn_info is not None and request.conn_info.lost
+            if record.abort_reason is None and lost and not _was_sent(request):
                 record.abort_reason = "client_disconnected"
                 ABORTED_RESPONSES.labels(reason="client_disconnected").inc()
             raise

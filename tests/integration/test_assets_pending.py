@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
+from distributor_node.services.api.assets.response import ResponseWriter
 from distributor_node.services.demo.faults import Fault
 from distributor_node.shared.adapters.volume import RemovalState
 from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId
+from tests.counters import counted
 from tests.end_to_end.client import Answer, read_answer
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
@@ -87,6 +89,29 @@ async def test_a_pending_object_is_streamed_to_its_end(harness: AssetsHarness) -
     assert body == harness.data["1"]
     assert harness.catalog.asked == 0
     assert (await harness.get("1")).headers["x-cache"] == "hit"
+
+
+async def test_a_client_that_leaves_with_all_bytes_has_not_disconnected_early(
+    harness: AssetsHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may close the connection before the handler has ended."""
+
+    async def finish(_: ResponseWriter) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(ResponseWriter, "finish", finish)
+    before = counted("distributor_aborted_responses_total", reason="client_disconnected")
+    fetch = await harness.begin("1")
+    clients = [await ask(harness, "1"), await ask(harness, "1")]
+    fetch.write_to(SIZE // 2)
+    for client in clients:
+        await client.read_head()
+    clients[1].writer.transport.abort()
+    await fetch.complete()
+    await clients[0].take(SIZE)
+    clients[0].writer.close()
+    await eventually(lambda: counted("distributor_requests_in_progress") == 0)
+    assert counted("distributor_aborted_responses_total", reason="client_disconnected") == before + 1
 
 
 async def test_without_a_catalog_type_the_sources_type_is_sent_with_the_first_bytes(
