@@ -20,6 +20,7 @@ from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.ports.catalog import CacheLookup, SharedCatalogCache
 from distributor_node.shared.waiting import cancel_and_wait
 from tests.unit.test_cached_catalog import Clock, ScriptedCatalog
+from tests.waiting import eventually
 
 LIMITS = CacheLimits(positive_ttl=100, negative_ttl=5, max_in_flight=1, wait=0.5, query_timeout=20)
 
@@ -81,6 +82,8 @@ class CountingCache:
 
     def __init__(self) -> None:
         self.reads, self.is_open, self.fails = 0, True, False
+        self.answering = asyncio.Event()
+        self.answering.set()
 
     async def close(self) -> None:
         self.is_open = False
@@ -90,7 +93,7 @@ class CountingCache:
     ) -> Sequence[CacheLookup]:
         assert self.is_open
         self.reads += 1
-        await asyncio.sleep(0)
+        await self.answering.wait()
         if self.fails:
             raise ValueError("not as expected")
         return [CacheLookup(None, owns_lock=True)] * len(object_ids)
@@ -129,14 +132,17 @@ async def test_a_look_up_that_has_ended_is_not_read_and_nothing_is_read_after_th
 async def test_a_read_that_fails_unexpectedly_keeps_no_one_waiting() -> None:
     cache = CountingCache()
     cache.fails = True
+    cache.answering.clear()
     shared = SharedCatalog(cast("SharedCatalogCache", cache), SharedCatalogTtls(lock_ttl=1.0))
     first, second = ids(1, 2)
     reading = asyncio.create_task(shared.get_or_lock(first))
-    while not cache.reads:
-        await asyncio.sleep(0)
+    await eventually(lambda: cache.reads)
+    late = asyncio.create_task(shared.get_or_lock(second))
+    await asyncio.sleep(0)
+    cache.answering.set()
     async with asyncio.timeout(10):
-        assert (await shared.get_or_lock(second)).owns_lock
         assert (await reading).owns_lock
+        assert (await late).owns_lock
 
 
 async def test_a_query_outlives_the_wait_of_its_clients_and_its_answer_is_kept(
