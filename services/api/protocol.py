@@ -318,8 +318,9 @@ class PublicProtocol(HttpProtocol):
         self._data_received.set()
         if not self._is_idle():
             return True
-        # The transport alone would wait without a limit for a client that does not take the end of its response.
-        self.close()
+        if self.transport is not None and self.transport.get_write_buffer_size():
+            # The transport alone would wait without a limit for a client that does not take the end of its response.
+            self.close()
         return False
 
     async def receive_more(self) -> None:
