@@ -316,7 +316,12 @@ class PublicProtocol(HttpProtocol):
         """
         self._half_closed = True
         self._data_received.set()
-        return not self._is_idle()
+        if not self._is_idle():
+            return True
+        if self.transport is not None and self.transport.get_write_buffer_size():
+            # The transport alone would wait without a limit for a client that does not take the end of its response.
+            self.close()
+        return False
 
     async def receive_more(self) -> None:
         """Wait for more bytes. Raises CancelledError if none will come: the connection has ended or is half-closed."""

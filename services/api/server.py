@@ -113,18 +113,16 @@ class PublicServer:
         listening, self._listening = self._listening, None
         connections = listening.connections
         connections.start_draining()
-        tasks = connections.tasks()
         if inherited is None:
             await self._release_port(listening.accept_loop, drain_seconds)
         else:
             await self._leave_port(listening.accept_loop, inherited, ending=ending)
-        tasks |= connections.tasks()
         if not await connections.wait_empty(max(0.0, deadline - time.monotonic())):
             aborted = [connection.close_now() for connection in set(connections)].count(True)
             if aborted:
                 logger.warning("responses_aborted_on_close", connections=aborted)
             await connections.wait_empty(_ABORT_GRACE)
-        if tasks:
+        if tasks := connections.tasks():
             await asyncio.wait(tasks, timeout=_ABORT_GRACE)
         if not await wait_until_flushed(self.port, max(0.0, deadline - time.monotonic())):
             logger.warning("responses_unflushed_on_close", port=self.port)
@@ -170,6 +168,7 @@ class Connections(set[PublicProtocol]):
         super().__init__()
         self._connection_closed = asyncio.Event()
         self._draining = False
+        self._ending: set[asyncio.Task[None]] = set()  # of connections that have been lost while draining
 
     def start_draining(self) -> None:
         """Close each connection after its current response, connections that are added later included."""
@@ -178,8 +177,11 @@ class Connections(set[PublicProtocol]):
             connection.start_draining()
 
     def tasks(self) -> set[asyncio.Task[None]]:
-        """Return the tasks that serve these connections."""
-        return {connection.task for connection in self if connection.task is not None}
+        """Return the tasks that serve these connections, and those of connections that have been lost while draining.
+
+        A connection has none before its first request for Sanic, which may come during the drain.
+        """
+        return self._ending | {connection.task for connection in self if connection.task is not None}
 
     def add(self, connection: PublicProtocol, /) -> None:
         super().add(connection)
@@ -189,6 +191,8 @@ class Connections(set[PublicProtocol]):
 
     def discard(self, connection: object, /) -> None:
         super().discard(connection)
+        if self._draining and isinstance(connection, PublicProtocol) and connection.task is not None:
+            self._ending.add(connection.task)
         self._connection_closed.set()
 
     async def wait_empty(self, seconds: float) -> bool:

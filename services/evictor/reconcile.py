@@ -172,6 +172,11 @@ class Reconciliation:
                 if isinstance(size, VolumeError):
                     findings.add_unreadable(entry.object_id, size)
                 elif size is not None:
+                    # Race: 1. the entries are read, 2. the object is replaced by a version of another size, 3. its size
+                    # is looked at.
+                    latest = await self._state.entry(entry.object_id)
+                    if latest is None or latest.generation != entry.generation:
+                        continue
                     logger.warning("object_damaged", object_id=entry.object_id, bytes=size)
                     await self._remover.purge(term, entry.object_id, "damaged")
                 elif await self._state.forget(entry.object_id, entry.generation):

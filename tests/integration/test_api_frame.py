@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sanic import HTTPResponse, Request
 
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.operator.commands import OperatorQueries
@@ -220,6 +221,25 @@ async def test_paused_client_is_kept_until_the_stall_limit(tmp_path: Path) -> No
             assert await loop.run_in_executor(None, client.recv, 10)
             assert await api.server.wait_disconnected(30)
             assert loop.time() - started >= 0.9
+
+
+class LargeAsset:
+    """Its response is written at once, and fits into no socket."""
+
+    async def handle(self, request: Request, object_id: str) -> None:
+        await request.respond(HTTPResponse(bytes(32 * 1024 * 1024), 200, {}, "video/mp4"))
+
+
+async def test_a_client_that_closes_its_side_and_takes_nothing_is_disconnected(tmp_path: Path) -> None:
+    """Its response is complete, and the end of it waits in the process."""
+    async with running_api(tmp_path, LargeAsset(), public_api={"send_stall_limit": 1.0}) as api:
+        loop = asyncio.get_running_loop()
+        with socket.create_connection(("127.0.0.1", api.server.port)) as client:
+            client.setblocking(False)
+            await loop.sock_sendall(client, b"GET /api/v1/assets/any HTTP/1.1\r\nHost: a\r\n\r\n")
+            await loop.sock_recv(client, 100)
+            client.shutdown(socket.SHUT_WR)
+            assert await api.server.wait_disconnected(20)
 
 
 async def test_close_lets_responses_complete_and_can_reopen(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import time
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -372,6 +373,33 @@ async def test_truncated_files_are_removed(harness: EvictorHarness) -> None:
         await eventually(lambda: not harness.has("cut") and not harness.has("cut-and-unknown"))
         await eventually(gone)
         assert await harness.used() == footprint(SIZE)
+
+
+async def test_an_object_that_is_replaced_while_the_entries_are_read_stays(
+    harness: EvictorHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store reads ahead, so an entry may be older than the file that is looked at."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("one")
+    read, sizes = harness.state.entries, iter(range(SIZE + 1, 2 * SIZE))
+
+    async def entries() -> AsyncIterator[Sequence[IndexEntry]]:
+        async for batch in read():
+            for entry in batch:
+                assert await harness.state.forget(entry.object_id, entry.generation)
+                body = body_of(entry.object_id, next(sizes))
+                lease = await harness.begin_fetch(entry.object_id, len(body))
+                harness.put_file(entry.object_id, body)
+                assert await harness.state.commit(lease, time.time())
+            yield batch
+
+    monkeypatch.setattr(harness.state, "entries", entries)
+    with capture_logs() as logs:
+        async with harness.evictor():
+            await eventually(lambda: "reconciliation_finished" in [line["event"] for line in logs])
+    assert "object_damaged" not in [line["event"] for line in logs]
+    assert harness.has("one")
 
 
 async def test_a_damaged_file_without_entry_counts_until_it_is_removed(harness: EvictorHarness) -> None:

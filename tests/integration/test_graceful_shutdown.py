@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from sanic import Request
 
+from distributor_node.services.api import protocol
 from distributor_node.services.api.graceful_shutdown import drain_accept_queue
 from tests.servers.api_fixture import FakeAssets, running_api
 
@@ -130,6 +133,46 @@ def test_the_port_reopens_immediately_when_a_stop_has_just_begun(
             return await slow
 
     assert runner.run(reopen()).endswith(b"hello")
+
+
+class SlowToEnd:
+    """Requests take until they are cancelled, and then a moment."""
+
+    def __init__(self) -> None:
+        self.entered, self.ended = asyncio.Event(), False
+
+    async def handle(self, request: Request, object_id: str) -> None:
+        self.entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.5)
+            self.ended = True
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_stop_waits_for_requests_that_came_during_it(
+    runner: asyncio.Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, leaves: bool
+) -> None:
+    """On a connection without a request so far: there is no task for it when the stop begins."""
+    monkeypatch.setattr(protocol, "KEEPALIVE_DRAIN_GRACE", 60.0)
+    assets = SlowToEnd()
+
+    async def stop() -> None:
+        async with running_api(tmp_path, assets) as api:
+            with socket.create_connection(("127.0.0.1", api.server.port)) as client:
+                closing = asyncio.create_task(api.server.close(60 if leaves else 3))
+                await asyncio.sleep(0)
+                await api.server.open()  # possible once the stop has closed the port
+                client.sendall(ASK)
+                await assets.entered.wait()
+                if leaves:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    client.close()
+                await closing
+                assert assets.ended
+
+    runner.run(stop())
 
 
 @pytest.mark.parametrize(

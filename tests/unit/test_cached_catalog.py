@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from distributor_node.shared.domain.errors import CatalogUnavailable, QueryRejected
+from distributor_node.shared.domain.errors import CatalogUnavailable, ObjectUnavailable, QueryRejected
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.ports.catalog import CatalogStatus, LookupAnswers
 
@@ -399,3 +399,30 @@ async def test_an_object_that_must_not_be_stored_is_asked_for_again_soon(
         clock.now = now
         await catalog.look_up(ONE)
         assert len(inner.asked) == questions
+
+
+class ScriptedOrigin(ScriptedCatalog):
+    """Asks by the path that an id was made from."""
+
+    def can_have(self, object_id: ObjectId) -> bool:
+        return True
+
+    async def look_up_batch(self, object_ids: Sequence[ObjectId]) -> LookupAnswers:
+        if any(object_id.path == object_id for object_id in object_ids):
+            raise ObjectUnavailable("the digest does not tell the path")
+        return await super().look_up_batch(object_ids)
+
+
+async def test_a_look_up_by_a_digest_alone_does_not_fail_for_those_who_know_the_path() -> None:
+    """An operator lists pinned objects by what the store knows of them, and a client asks for one of them."""
+    film = ObjectId.parse_path("films/one.mp4")
+    inner = ScriptedOrigin()
+    inner.known[film] = MediaObject(film, 1, sources=("https://one.example/films/one.mp4",))
+    catalog = CachedCatalog(inner, LIMITS, Clock())
+    by_digest = asyncio.create_task(catalog.look_up(ObjectId(str(film))))
+    await asyncio.sleep(0)
+    assert await catalog.look_up(film, "a") == inner.known[film]
+    with pytest.raises(ObjectUnavailable):
+        await by_digest
+    assert await catalog.look_up(ObjectId(str(film))) == inner.known[film], "it is known by now"
+    await catalog.close()

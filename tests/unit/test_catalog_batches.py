@@ -18,7 +18,9 @@ from distributor_node.shared.adapters.volume.known_ids import KnownIds, KnownIds
 from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.ports.catalog import CacheLookup, SharedCatalogCache
+from distributor_node.shared.waiting import cancel_and_wait
 from tests.unit.test_cached_catalog import Clock, ScriptedCatalog
+from tests.waiting import eventually
 
 LIMITS = CacheLimits(positive_ttl=100, negative_ttl=5, max_in_flight=1, wait=0.5, query_timeout=20)
 
@@ -79,12 +81,21 @@ class CountingCache:
     """A shared cache that holds nothing, and is quicker than the next request comes."""
 
     def __init__(self) -> None:
-        self.reads = 0
+        self.reads, self.is_open, self.fails = 0, True, False
+        self.answering = asyncio.Event()
+        self.answering.set()
+
+    async def close(self) -> None:
+        self.is_open = False
 
     async def get_or_lock(
         self, object_ids: Sequence[ObjectId], owner: str, seconds: float
     ) -> Sequence[CacheLookup]:
+        assert self.is_open
         self.reads += 1
+        await self.answering.wait()
+        if self.fails:
+            raise ValueError("not as expected")
         return [CacheLookup(None, owns_lock=True)] * len(object_ids)
 
 
@@ -101,6 +112,37 @@ async def test_a_crowd_shares_reads_of_the_shared_cache_although_each_request_ha
     spacing = 0.004  # the loop's clock may wake a task a little early
     assert cache.reads <= 2 + (time.monotonic() - began) / spacing
     assert cache.reads < 100
+
+
+async def test_a_look_up_that_has_ended_is_not_read_and_nothing_is_read_after_the_close() -> None:
+    """It would lock the object for a process that does not ask for it."""
+    cache = CountingCache()
+    shared = SharedCatalog(cast("SharedCatalogCache", cache), SharedCatalogTtls(lock_ttl=1.0))
+    first, second = ids(1, 2)
+    await shared.get_or_lock(first)
+    waiting = asyncio.create_task(shared.get_or_lock(second))
+    await asyncio.sleep(0)
+    reading = [task for task in asyncio.all_tasks() if task.get_name() == "catalog-cache-get"]
+    await cancel_and_wait(waiting)
+    await shared.close()
+    await asyncio.gather(*reading)
+    assert cache.reads == 1
+
+
+async def test_a_read_that_fails_unexpectedly_keeps_no_one_waiting() -> None:
+    cache = CountingCache()
+    cache.fails = True
+    cache.answering.clear()
+    shared = SharedCatalog(cast("SharedCatalogCache", cache), SharedCatalogTtls(lock_ttl=1.0))
+    first, second = ids(1, 2)
+    reading = asyncio.create_task(shared.get_or_lock(first))
+    await eventually(lambda: cache.reads)
+    late = asyncio.create_task(shared.get_or_lock(second))
+    await asyncio.sleep(0)
+    cache.answering.set()
+    async with asyncio.timeout(10):
+        assert (await reading).owns_lock
+        assert (await late).owns_lock
 
 
 async def test_a_query_outlives_the_wait_of_its_clients_and_its_answer_is_kept(

@@ -49,6 +49,7 @@ class LookupQueue:
         self._seen: _Clients = OrderedDict()
         self._unseen: _Clients = OrderedDict()
         self.unseen = 0  # objects that were not seen before
+        self._longest_first = True  # in the last `take`
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -96,14 +97,18 @@ class LookupQueue:
         """Take the next look-ups out, at most `count`; with `seen_only`, none of objects that were not seen before.
 
         Of each client the newest one, then of each the next. Where not all clients have their turn, the ones that came
-        last and the ones that have waited longest have it: see `_from_both_ends`.
+        last and the ones that have waited longest have it: see `_from_both_ends`. These two take turns to be the first,
+        for catalogs that are asked for one object at a time.
         """
         taken: list[QueuedLookup] = []
+        self._longest_first = not self._longest_first
         for clients in (self._seen,) if seen_only else (self._seen, self._unseen):
             while clients and len(taken) < count:
-                for client in _from_both_ends(clients):
+                for client in _from_both_ends(clients, longest_first=self._longest_first):
+                    if len(taken) == count:
+                        break
                     # An object that was just taken for another client may have been this client's last one.
-                    if client in clients and len(taken) < count:
+                    if client in clients:
                         lookup = self._waiting[next(reversed(clients[client]))]
                         self.remove(lookup.object_id)
                         taken.append(lookup)
@@ -127,14 +132,15 @@ class LookupQueue:
         return self._seen if lookup.seen_before else self._unseen
 
 
-def _from_both_ends(clients: _Clients) -> Iterator[str]:
-    """The newest client, the one that has waited longest, the second newest, and so on.
+def _from_both_ends(clients: _Clients, *, longest_first: bool) -> Iterator[str]:
+    """The newest client, the one that has waited longest, the second newest, and so on; or the second one first.
 
     In an overload the newest ones are answered in time. But clients that ask again as soon as they are answered are
     always the newest ones: fifty of them would fill every query, and those before them would never have a turn.
     """
     newest, oldest = reversed(list(clients)), iter(list(clients))
-    pairs = (client for pair in zip(newest, oldest, strict=True) for client in pair)
+    ends = (oldest, newest) if longest_first else (newest, oldest)
+    pairs = (client for pair in zip(*ends, strict=True) for client in pair)
     return islice(pairs, len(clients))
 
 

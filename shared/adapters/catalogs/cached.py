@@ -24,7 +24,12 @@ from distributor_node.shared.adapters.catalogs.shared_answers import (
     SingleFlight,
 )
 from distributor_node.shared.adapters.volume.known_ids import KnownIds
-from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused, QueryRejected
+from distributor_node.shared.domain.errors import (
+    CatalogUnavailable,
+    LookupRefused,
+    ObjectUnavailable,
+    QueryRejected,
+)
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.observability.metrics import CATALOG_LOOKUPS, CATALOG_REFUSED
 from distributor_node.shared.ports.catalog import CatalogStatus, RemoteCatalog, SharedCatalogCache
@@ -264,6 +269,8 @@ class CachedCatalog:
         lookup = self._lookups.get(object_id)
         overdue = lookup is not None and time.monotonic() >= lookup.overdue_at
         if lookup is None or (overdue and not self._batcher.is_queued(object_id)):
+            if object_id.is_digest and object_id.path == object_id:
+                return await self._recall(object_id)
             lookup = self._begin_lookup(object_id, name, is_repeated=lookup is not None)
         else:
             lookup.clients[name] = None
@@ -283,6 +290,17 @@ class CachedCatalog:
             lookup.waiting -= 1
             if not lookup.waiting and self._lookups.get(object_id) is lookup:
                 self._batcher.withdraw(object_id)
+
+    async def _recall(self, object_id: ObjectId) -> MediaObject | None:
+        """Return what the processes of this node know of a digest without its path, which the catalog cannot be asked
+        for. A look-up of it would fail for the clients that join it and know the path, too."""
+        cached = await self._shared.get(object_id)
+        if cached is not None and (cached.fresh_for > 0 or object_id not in self._entries):
+            self._store(object_id, cached.answer, cached.fresh_for)
+        if cached is not None and cached.fresh_for > 0:
+            CATALOG_LOOKUPS.labels(result="cached").inc()
+            return cached.answer
+        raise ObjectUnavailable("the digest does not tell at which path the catalog has the object")
 
     async def _wait_for(
         self, task: asyncio.Task[MediaObject | None], object_id: ObjectId, wait: float

@@ -56,7 +56,10 @@ class SharedCatalog:
             await self._cache.open()
 
     async def close(self) -> None:
+        """No look-up may wait any more."""
         if self._cache is not None:
+            if self._asking is not None:
+                await asyncio.wait({self._asking})
             await self._all_put()
             await self._cache.close()
 
@@ -88,8 +91,12 @@ class SharedCatalog:
         while self._asked:
             if (early := self._ask_at - loop.time()) > 0:
                 await asyncio.sleep(early)
-            self._ask_at = loop.time() + _READ_SPACING
             asked, self._asked = self._asked[:_MAX_ROUND_TRIP], self._asked[_MAX_ROUND_TRIP:]
+            # Of a look-up that was cancelled, the lock would be held and no answer come.
+            asked = [(object_id, result) for object_id, result in asked if not result.done()]
+            if not asked:
+                continue
+            self._ask_at = loop.time() + _READ_SPACING
             found: Sequence[CacheLookup] = ()
             try:
                 object_ids = [object_id for object_id, _ in asked]
@@ -97,6 +104,8 @@ class SharedCatalog:
                 self._outage.succeeded()
             except StateStoreUnavailable as error:
                 self._outage.failed(error)
+            except Exception:  # those that have come during this read need the next one
+                logger.exception("catalog_cache_read_failed")
             finally:
                 found = found or [CacheLookup(None, owns_lock=True)] * len(asked)
                 for (_, result), lookup in zip(asked, found, strict=True):
