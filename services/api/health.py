@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import structlog
 
@@ -39,6 +40,8 @@ _CHECK_TIMEOUT = 2.0
 IMPORT_READY_TIMEOUT = 600.0
 REFUSED_LOOKUPS_SHOWN = 10.0
 """Seconds that a refused look-up makes the node degraded."""
+
+LOOKUPS_FAIL = "the last look-ups failed"
 
 logger = structlog.get_logger()
 
@@ -114,10 +117,18 @@ class HealthChecks:
     async def _check_state_store(self) -> str | None:
         return "; ".join(await self._context.state.problems()) or None
 
-    async def _check_catalog(self) -> None:
-        """Ask what the node asks for its own assignment: a squid of another version may refuse just that."""
+    async def _check_catalog(self) -> str | None:
+        """Ask what the node asks for its own assignment: a squid of another version may refuse just that.
+
+        An origin is not asked, since it has nothing to list. So what became of the last look-ups counts as well.
+        """
         worker_id = self._context.assignment.current.effective.worker_id
         await self._context.catalog.bucket_ids(worker_id)
+        return LOOKUPS_FAIL if self._context.catalog.lookups_fail else None
+
+    async def report(self, watched: bool) -> Mapping[str, Any]:
+        """What the node's page shows of this process, beside the checks of the process that serves the page."""
+        return {"lookups_fail": self._context.catalog.lookups_fail}
 
     async def _check_volume(self) -> None:
         await asyncio.to_thread(self._context.volume.check)

@@ -291,7 +291,7 @@ def dashboard_works(
     settings = context.settings
     if not settings.dashboard.enabled:
         return {}
-    reporter = ProcessReporter(context.state, kind, [context.viewers.positions, *parts])
+    reporter = ProcessReporter(context.state, kind, [context.viewers.positions, health.report, *parts])
     explainer = ObjectExplainer(context.state, context.volume, settings.evictor)
     feed = Feed(context, usage, health, explainer)
     server = DashboardServer(settings.dashboard, feed, context.state, reporter.wake)

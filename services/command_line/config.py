@@ -122,6 +122,18 @@ def render_schema() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
+# What works, and should be better
+
+
+def check_secret(settings: Settings) -> list[str]:
+    """Return a remark on a secret of operators that the node will warn of."""
+    from distributor_node.services.api.operator.auth import weak_secret
+
+    secret = settings.operator_api.secret
+    weakness = None if secret is None else weak_secret(secret.get_secret_value())
+    return [] if weakness is None else [weakness]
+
+
 # Whether the files and directories that settings name can be used.
 #
 # What is not here is a remark, because settings are often checked on another machine. So is what another user may be

@@ -156,15 +156,18 @@ def check(
 ) -> None:
     """Check the settings, the manifest and other files that they name. If they are invalid, print the reasons and exit
     with code 2."""
-    from distributor_node.services.command_line.config import check_catalog, check_files
+    from distributor_node.services.command_line.config import check_catalog, check_files, check_secret
 
     settings = _load(config, service)
-    for remark in [*check_files(settings, online=online), *check_catalog(settings, online=online)]:
+    if service is None:
+        settings.check_for(Service.STANDALONE if settings.in_memory else Service.API)
+    remarks = check_secret(settings)
+    remarks += check_files(settings, online=online)
+    for remark in [*remarks, *check_catalog(settings, online=online)]:
         print(remark, file=sys.stderr)
     if service is not None:
         print(f"The settings are valid for {service}.")
     elif settings.in_memory:
-        settings.check_for(Service.STANDALONE)
         print("The settings are valid for standalone. The separate services need Redis and RabbitMQ.")
     else:
         print("The settings are valid for api, fetcher and evictor.")

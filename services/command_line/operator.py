@@ -15,6 +15,7 @@ from urllib.parse import urlencode, urlsplit
 
 import typer
 
+from distributor_node.services.command_line.top import check_url
 from distributor_node.shared.domain.errors import in_words
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def options(
     context: typer.Context,
     url: Annotated[
         str | None,
-        typer.Option(help="URL of the operator API. [default: http://127.0.0.1:3335, or as in the settings]"),
+        typer.Option(
+            callback=check_url,
+            help="URL of the operator API. [default: http://127.0.0.1:3335, or as in the settings]",
+        ),
     ] = None,
     secret_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File that contains only the secret.")
@@ -503,7 +507,7 @@ class OperatorClient:
             "reqBody": {} if body is None else body,
         }
         with warnings.catch_warnings():
-            # The node takes secrets of 16 characters, the library recommends 32.
+            # The node takes secrets of 16 characters, and warns of less than 32 bytes.
             warnings.simplefilter("ignore", jwt.warnings.InsecureKeyLengthWarning)
             token = jwt.encode(claims, self._secret, algorithm="HS256")
         headers = {"Authorization": f"bearer {token}"}

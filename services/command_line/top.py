@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distributor_node.shared.domain.errors import in_words
+from distributor_node.shared.domain.errors import ConfigurationError, in_words
 
 if TYPE_CHECKING:
     import httpx
@@ -33,9 +33,20 @@ _SHORTEST = 12  # columns that a text keeps when it is cut
 UNHEALTHY, UNREACHABLE = 1, 3
 """Exit codes: something does not work; the page cannot be read."""
 
+
+def check_url(url: str | None) -> str | None:
+    """Return the value of --url. Raises ConfigurationError without a scheme, which the HTTP client names otherwise."""
+    if url is None or url.lower().startswith(("http://", "https://")):
+        return url
+    raise ConfigurationError(f"--url: expected a URL with http:// or https://, got {url}")
+
+
 Url = Annotated[
     str | None,
-    typer.Option(help="URL of the node's page. [default: http://127.0.0.1:3336, or as in the settings]"),
+    typer.Option(
+        callback=check_url,
+        help="URL of the node's page. [default: http://127.0.0.1:3336, or as in the settings]",
+    ),
 ]
 Config = Annotated[
     Path | None,

@@ -35,6 +35,10 @@ class Catalog(Protocol):
     def public_url(self) -> str:
         """Where the catalog is asked, without credentials; empty for a file. Shown in /status."""
 
+    @property
+    def lookups_fail(self) -> bool:
+        """Whether the last look-ups have failed, as far as is known without asking. False where nothing is noted."""
+
     def sources_of(self, object_id: ObjectId) -> Sequence[str]:
         """Return the URLs of an object that follow from its id alone, without asking. Empty if none do."""
 

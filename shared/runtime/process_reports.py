@@ -171,6 +171,7 @@ class ReportContent(ReportPart):
     viewers: Mapping[
         str, Sequence[tuple[int, int]]
     ] = {}  # by object: number of the viewer, byte it has got to
+    lookups_fail: bool = False  # of the catalog
     leads: bool | None = None  # None: no evictor
     removed: Sequence[RemovedObject] = ()  # the newest last
     map: VolumeMap | None = None

@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Mapping
 from ipaddress import ip_network
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -138,7 +139,8 @@ class OperatorApi(SettingsGroup):
     port: Port = 3335
     """Port to listen on; 0 takes any free one."""
     secret: SecretStr | None = Field(default=None, min_length=MIN_SECRET_LENGTH)
-    """The key with which operators sign their requests, at least 16 characters."""
+    """The key with which operators sign their requests: 32 bytes or more. From 16 characters on it is accepted, with a
+    warning."""
 
 
 class StateStoreSettings(SettingsGroup):
@@ -548,6 +550,27 @@ class Settings(SettingsGroup):
                 f"public_api.workers: expected 1 in standalone mode, got {self.public_api.workers};"
                 " use the separate services for more"
             )
+        problems = self._problems_of_ports(service) if service in ("api", "standalone") else ()
+        if problems:
+            raise ConfigurationError("\n".join(problems))
+
+    def _problems_of_ports(self, service: str) -> list[str]:
+        """Ports that the API or a standalone node would listen on twice. The other services have one port each."""
+        operator, peers, page, metrics = self.operator_api, self.peers, self.dashboard, self.metrics
+        listening = {
+            "public_api.port": (self.public_api.host, self.public_api.port),
+            "operator_api.port": (operator.host, operator.port if operator.secret is not None else 0),
+            "peers.port": (peers.host, (peers.port or 0) if peers.enabled else 0),
+            "dashboard.port": (page.host, page.port if page.enabled else 0),
+            "metrics.port": (metrics.host, metrics.port_of(service)),
+        }
+        return [
+            f"{first}, {second}: expected two ports, got {port} for both"
+            for (first, (host, port)), (second, (other_host, other_port)) in combinations(
+                listening.items(), 2
+            )
+            if port == other_port != 0 and _hosts_overlap(host, other_host)
+        ]
 
     @property
     def assignment(self) -> Assignment:
@@ -607,6 +630,12 @@ class Settings(SettingsGroup):
                 "state_store.url and job_queue.url: both must be memory:// (standalone mode), or neither"
             )
         return problems
+
+
+def _hosts_overlap(one: str, other: str) -> bool:
+    """Whether a port of one address to listen on is a port of the other too."""
+    wildcards = ("", "0.0.0.0", "::")
+    return one == other or one in wildcards or other in wildcards
 
 
 def _problems_of_server_url(name: str, url: str, *schemes: str) -> list[str]:

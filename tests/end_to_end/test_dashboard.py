@@ -324,6 +324,43 @@ async def test_status_ends_with_what_is_wrong(tmp_path: Path) -> None:
     assert (code, "cannot be read" in errors) == (3, True)
 
 
+async def test_an_origin_that_is_down_is_told_until_a_lookup_succeeds(tmp_path: Path) -> None:
+    port = free_port()
+    origin = {
+        "DISTRIBUTOR_CATALOG__KIND": "origin",
+        "DISTRIBUTOR_CATALOG__ORIGIN": f"http://127.0.0.1:{port}/api/v1/files/{{id}}",
+    }
+    async with standalone(tmp_path, 1, 1000, **origin) as node:
+        page = {"DISTRIBUTOR_DASHBOARD__PORT": str(node.port)}
+
+        async def ready() -> Any:
+            [service] = node.stack.running()
+            answer = await get(f"{service.health_url}/readyz")
+            assert answer.status == 200, "hits are served"
+            return answer.json()["degraded"]
+
+        async def told() -> tuple[int, str]:
+            code, output, _ = await run("status", **page)
+            return code, next(line for line in output.splitlines() if "Catalog (origin)" in line)
+
+        async def is_told(code: int, words: str) -> bool:
+            found = await told()
+            return found[0] == code and words in found[1]
+
+        await eventually(lambda: is_told(0, "works"), pause=0.5, what="everything works")
+        for number in range(3):
+            answer = await get(node.stack.url(f"{number}"))
+            assert (answer.status, answer.json()["type"]) == (503, "catalog_unavailable")
+        assert await ready() == ["catalog: the last look-ups failed"]
+        await eventually(lambda: is_told(1, "the last look-ups failed"), pause=0.5, what="status tells it")
+        code, output, _ = await run("top", "--once", **page)
+        assert (code, "everything works" in output, "the last look-ups failed" in output) == (0, False, True)
+        async with StorageNode([generated_object("1", 1000)]).run(port=port):
+            assert (await get(node.stack.url("1"))).status == 200
+            assert await ready() == []
+            await eventually(lambda: is_told(0, "works"), pause=0.5, what="status tells the end of it")
+
+
 @pytest.mark.servers
 async def test_processes_of_two_machines_add_up_and_a_killed_fetcher_is_told(harness: Harness) -> None:
     """Each API has its own port and could be on another machine: they meet in Redis alone."""

@@ -53,6 +53,7 @@ class ListedCatalog:
     def __init__(self) -> None:
         self.objects: dict[str, MediaObject] = {}
         self.down = False
+        self.fails = False  # what it says of its last look-ups
         self.delay = 0.0
         self.asked = 0
         self.clients: list[str | None] = []  # that asked, in order
@@ -88,6 +89,10 @@ class ListedCatalog:
     async def forget(self, outdated: MediaObject) -> None: ...
 
     async def forget_object(self, object_id: ObjectId) -> None: ...
+
+    @property
+    def lookups_fail(self) -> bool:
+        return self.fails
 
     def sources_of(self, object_id: ObjectId) -> Sequence[str]:
         return ()

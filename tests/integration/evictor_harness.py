@@ -85,6 +85,10 @@ class ListedCatalog:
 
     async def forget_object(self, object_id: ObjectId) -> None: ...
 
+    @property
+    def lookups_fail(self) -> bool:
+        return False
+
     def sources_of(self, object_id: ObjectId) -> Sequence[str]:
         return ()
 

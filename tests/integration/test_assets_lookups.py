@@ -102,3 +102,13 @@ async def test_a_squid_that_refuses_the_question_for_our_worker_makes_the_node_d
         assert ready.problems == (), "hits are served"
         node.context.assignment.current = Assignment(frozenset({"0:1"}), 7)
         assert message not in (await readiness(node)).degraded, "the buckets decide"
+
+
+async def test_failed_lookups_make_the_node_degraded_where_nothing_else_is_asked(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path) as node:
+        node.catalog.fails = True
+        ready = await readiness(node)
+        assert "catalog: the last look-ups failed" in ready.degraded
+        assert ready.problems == (), "hits are served"
+        node.catalog.fails = False
+        assert "catalog: the last look-ups failed" not in (await readiness(node)).degraded

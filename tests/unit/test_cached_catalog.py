@@ -42,6 +42,8 @@ class ScriptedCatalog:
         self.in_flight = 0
         self.max_in_flight = 0
         self.down = False
+        self.buckets: Sequence[str] = ("0:1",)
+        self.indescribable: set[ObjectId] = set()
         self.closed = False
         self.bucket_questions = 0
         self.answering = asyncio.Event()
@@ -79,11 +81,17 @@ class ScriptedCatalog:
             self.in_flight -= 1
         if self.down:
             raise CatalogUnavailable("down")
+        if self.indescribable.intersection(object_ids):
+            raise ObjectUnavailable("500")
         return {object_id: self.known.get(object_id) for object_id in object_ids}
 
     async def forget(self, outdated: MediaObject) -> None: ...
 
     async def forget_object(self, object_id: ObjectId) -> None: ...
+
+    @property
+    def lookups_fail(self) -> bool:
+        return False
 
     def sources_of(self, object_id: ObjectId) -> Sequence[str]:
         return ()
@@ -99,7 +107,7 @@ class ScriptedCatalog:
         await self.answering.wait()
         if self.down:
             raise CatalogUnavailable("down")
-        return ("0:1",)
+        return self.buckets
 
     async def source_bases(self) -> Sequence[str]:
         return ()
@@ -426,3 +434,69 @@ async def test_a_look_up_by_a_digest_alone_does_not_fail_for_those_who_know_the_
         await by_digest
     assert await catalog.look_up(ObjectId(str(film))) == inner.known[film], "it is known by now"
     await catalog.close()
+
+
+class TestFailingLookups:
+    """What readiness and the node's page say without asking."""
+
+    @staticmethod
+    async def fail(catalog: CachedCatalog, inner: ScriptedCatalog, times: int) -> None:
+        inner.down = True
+        for _ in range(times):
+            with pytest.raises(CatalogUnavailable):
+                await catalog.look_up(ONE)
+        inner.down = False
+
+    async def test_one_failure_is_told_for_the_pause_only(
+        self, catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
+    ) -> None:
+        await self.fail(catalog, inner, 1)
+        assert catalog.lookups_fail
+        clock.now = LIMITS.outage_pause
+        assert not catalog.lookups_fail
+
+    async def test_several_in_a_row_are_told_until_a_lookup_succeeds(
+        self, catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
+    ) -> None:
+        await self.fail(catalog, inner, 3)
+        clock.now = 1000 * LIMITS.outage_pause
+        assert catalog.lookups_fail
+        assert await catalog.look_up(ONE) == FIRST
+        assert not catalog.lookups_fail
+
+    async def test_failures_with_an_answer_between_are_no_outage(
+        self, catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
+    ) -> None:
+        await self.fail(catalog, inner, 2)
+        assert await catalog.look_up(TWO) == SECOND
+        await self.fail(catalog, inner, 2)
+        clock.now = LIMITS.outage_pause
+        assert not catalog.lookups_fail
+
+    async def test_a_list_of_buckets_says_that_the_server_replies(
+        self, catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
+    ) -> None:
+        await self.fail(catalog, inner, 3)
+        clock.now = LIMITS.outage_pause
+        assert catalog.lookups_fail
+        assert await catalog.bucket_ids() == ("0:1",)
+        assert not catalog.lookups_fail
+
+    async def test_a_catalog_without_buckets_says_nothing_by_that(
+        self, inner: ScriptedCatalog, clock: Clock
+    ) -> None:
+        inner.buckets = ()
+        catalog = CachedCatalog(inner, LIMITS, clock)
+        await self.fail(catalog, inner, 3)
+        clock.now = LIMITS.outage_pause
+        assert await catalog.bucket_ids() == ()
+        assert catalog.lookups_fail
+
+    async def test_an_object_that_cannot_be_described_is_no_outage(
+        self, catalog: CachedCatalog, inner: ScriptedCatalog
+    ) -> None:
+        inner.indescribable.add(ONE)
+        for _ in range(3):
+            with pytest.raises(ObjectUnavailable):
+                await catalog.look_up(ONE)
+        assert not catalog.lookups_fail

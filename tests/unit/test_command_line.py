@@ -458,3 +458,21 @@ def test_orders_to_a_fleet_of_which_two_nodes_would_have_one_url(manifest: Path,
     result = CliRunner().invoke(app, ["operator", "--config", str(settings), "purge", "--fleet", "1"])
     assert result.exit_code == 2
     assert "set peers.operator_urls" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", [("status",), ("top", "--once")])
+@pytest.mark.parametrize("url", ["127.0.0.1:3335", "node", "ftp://node/"])
+def test_a_url_without_http_is_a_wrong_option(command: tuple[str, ...], url: str) -> None:
+    done = distributor(*command, "--url", url)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"--url: expected a URL with http:// or https://, got {url}"
+
+
+def test_a_url_without_http_for_an_operators_command() -> None:
+    done = distributor(
+        "operator", "--url", "127.0.0.1:3335", "state", DISTRIBUTOR_OPERATOR_API__SECRET="s" * 32
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.splitlines()[-1] == "--url: expected a URL with http:// or https://, got 127.0.0.1:3335"
+    )

@@ -26,7 +26,8 @@ from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import EvictionReason
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase
-from distributor_node.shared.settings.model import FetchSettings
+from distributor_node.shared.runtime.process_reports import ReportContent, ReportedProcess
+from distributor_node.shared.settings.model import CatalogSettings, FetchSettings, Settings
 from distributor_node.shared.settings.sizes import plural
 
 KIB = 1024
@@ -103,6 +104,20 @@ def test_the_partial_file_of_each_download_is_looked_at() -> None:
     feed = Feed(cast("Any", context), cast("Any", None), cast("Any", None), cast("Any", None))
     assert feed._partial_files([*running, parked]) == {}
     assert opened == [fetch.object_id for fetch in running]
+
+
+@pytest.mark.parametrize(("age", "words"), [(0.0, "the last look-ups failed"), (99.0, "works")])
+def test_lookups_that_fail_in_another_process_are_told(age: float, words: str) -> None:
+    """Each process has its own look-ups, and one of them serves the page. What a dead one said counts no more."""
+    settings = Settings(catalog=CatalogSettings(kind="origin", origin="http://localhost/{id}"))
+    capacity = SimpleNamespace(workers_alive=1, running=0, free=1)
+    context = SimpleNamespace(settings=settings, fetch_capacity=capacity)
+    health = SimpleNamespace(check_port=lambda: None)
+    feed = Feed(cast("Any", context), cast("Any", None), cast("Any", health), cast("Any", None))
+    content = ReportContent(kind="api", host="host", process=2, started=1.0, interval=1.0, lookups_fail=True)
+    feed._processes = [ReportedProcess("other", age, content)]
+    found = {one["name"]: one["words"] for one in feed._components(store_replies=True, now=9)}
+    assert found["Catalog (origin)"] == words
 
 
 def test_since_when_something_is_wrong() -> None:

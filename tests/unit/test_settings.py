@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.settings import Settings, load_settings
 from distributor_node.shared.settings.load import all_settings, read_environment, variable_of
+from distributor_node.shared.settings.model import METRICS_PORTS
 
 ROOT = Path(__file__).parents[2]
 AS_PERCENT = "state_store.url: expected redis://user:password@host:port/…, with / ? # @"
@@ -224,6 +225,72 @@ def test_check_says_which_services_can_run() -> None:
         2,
         "state_store.url, job_queue.url: expected memory:// in standalone mode",
     )
+
+
+METRICS = METRICS_PORTS["standalone"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"DASHBOARD__PORT": "3334"}, "public_api.port, dashboard.port: expected two ports, got 3334 for both"),
+        ({"METRICS__PORT": "3334"}, "public_api.port, metrics.port: expected two ports, got 3334 for both"),
+        (
+            {"OPERATOR_API__PORT": "3334", "OPERATOR_API__SECRET": SECRET},
+            "public_api.port, operator_api.port: expected two ports, got 3334 for both",
+        ),
+        (
+            {"PEERS__PORT": "3334", "PEERS__DNS": "c:1", "PEERS__OWN_URL": "http://a:3334", "PEERS__SECRET_FILE": "/s"},
+            "public_api.port, peers.port: expected two ports, got 3334 for both",
+        ),
+        (
+            {"PUBLIC_API__PORT": f"{METRICS}", "PUBLIC_API__HOST": "::"},
+            f"public_api.port, metrics.port: expected two ports, got {METRICS} for both",
+        ),
+        ({"PUBLIC_API__HOST": "10.0.0.1", "DASHBOARD__HOST": "10.0.0.1", "DASHBOARD__PORT": "3334"}, "3334 for both"),
+    ],
+)  # fmt: skip
+def test_two_servers_of_one_process_cannot_have_one_port(variables: dict[str, str], told: str) -> None:
+    found = load(**variables)
+    with pytest.raises(ConfigurationError, match=re.escape(told)):
+        found.check_for("standalone")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"DASHBOARD__PORT": "3334", "DASHBOARD__ENABLED": "false"},
+        {"OPERATOR_API__PORT": "3334"},  # off without a secret
+        {"PEERS__PORT": "3334"},  # off without peers
+        {"DASHBOARD__PORT": "0", "PUBLIC_API__PORT": "0", "METRICS__PORT": "0"},
+        {"DASHBOARD__PORT": "3334", "PUBLIC_API__HOST": "10.0.0.1"},  # the page's host is 127.0.0.1
+    ],
+)
+def test_ports_that_do_not_clash(variables: dict[str, str]) -> None:
+    load(**variables).check_for("standalone")
+
+
+def test_a_fetcher_alone_may_have_the_port_of_an_api_elsewhere() -> None:
+    servers = {
+        "DISTRIBUTOR_STATE_STORE__URL": "redis://localhost/0",
+        "DISTRIBUTOR_JOB_QUEUE__URL": "amqp://localhost/",
+        "DISTRIBUTOR_METRICS__PORT": "3334",
+    }
+    assert distributor("config", "check", "--for", "fetcher", **servers).returncode == 0
+    for options in ([], ["--for", "api"]):
+        done = distributor("config", "check", *options, **servers)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "public_api.port, metrics.port: expected two ports, got 3334 for both" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("length", "remarks"),
+    [(16, "operator_api.secret: expected at least 32 bytes (RFC 7518, section 3.2), got 16\n"), (32, "")],
+)
+def test_check_remarks_on_a_secret_that_the_node_warns_of(length: int, remarks: str) -> None:
+    done = distributor("config", "check", DISTRIBUTOR_OPERATOR_API__SECRET="s" * length)
+    assert done.returncode == 0
+    assert "".join(line for line in done.stderr.splitlines(True) if "secret" in line) == remarks
 
 
 def distributor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ import structlog
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.dashboard.history import STEP, CounterSum, History
-from distributor_node.services.api.health import HealthChecks
+from distributor_node.services.api.health import LOOKUPS_FAIL, HealthChecks
 from distributor_node.services.api.operator.explain import (
     ObjectExplainer,
     explanation_in_words,
@@ -391,6 +391,8 @@ class Feed:
         if not store_replies:
             problems["state store"] = problems.get("state store") or "state store: unavailable"
         alive = [process for process in self._processes if not process.is_late]
+        if any(process.content.lookups_fail for process in alive):
+            problems["catalog"] = problems.get("catalog") or LOOKUPS_FAIL
         lines = [(shown, _without_name(problems.get(name), name), "") for name, shown in names.items()]
         lines += [self._evictor(alive, store_replies), self._fetchers(alive, store_replies)]
         return [

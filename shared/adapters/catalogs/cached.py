@@ -85,6 +85,9 @@ class _Lookup:
         self.task: asyncio.Task[MediaObject | None] | None = None
 
 
+_FAILURES_OF_OUTAGE = 3
+"""Failed queries in a row that count as an outage until one is answered. Fewer may all be of one object."""
+
 _THIS_NODE = ""  # the client of look-ups that the node makes for itself
 
 
@@ -126,6 +129,7 @@ class CachedCatalog:
         )
         self._batcher = LookupBatcher(inner, batch_limits, self._note_outcome)
         self._down_until = float("-inf")
+        self._failed_in_a_row = 0  # queries
         self._answered_at = float("-inf")  # monotonic seconds
 
     @property
@@ -135,6 +139,11 @@ class CachedCatalog:
     @property
     def public_url(self) -> str:
         return self._inner.public_url
+
+    @property
+    def lookups_fail(self) -> bool:
+        """After one failed query for `outage_pause`, after several in a row until the catalog answers again."""
+        return self._failed_in_a_row >= _FAILURES_OF_OUTAGE or self._clock() < self._down_until
 
     def sources_of(self, object_id: ObjectId) -> Sequence[str]:
         return self._inner.sources_of(object_id)
@@ -240,6 +249,10 @@ class CachedCatalog:
             raise self._cache_buckets_failure(worker_id, CatalogUnavailable(str(error))) from error
         else:
             self._buckets[worker_id] = (buckets, self._clock() + self._limits.buckets_ttl)
+            if buckets:
+                # The server replies. Without this, a node that has no misses would call it down for ever. A catalog
+                # without buckets, such as an origin, returns none without asking.
+                self._failed_in_a_row = 0
             return buckets
         finally:
             del self._bucket_queries[worker_id]
@@ -389,6 +402,7 @@ class CachedCatalog:
     def _note_outcome(self, answered: bool) -> None:
         if answered:
             self._answered_at = time.monotonic()
+        self._failed_in_a_row = 0 if answered else self._failed_in_a_row + 1
         self._down_until = float("-inf") if answered else self._clock() + self._limits.outage_pause
 
     def _lifetime_of(self, object_id: ObjectId, answer: MediaObject | None) -> float:

@@ -59,6 +59,10 @@ class ManifestCatalog:
     def public_url(self) -> str:
         return ""
 
+    @property
+    def lookups_fail(self) -> bool:
+        return False
+
     def sources_of(self, object_id: ObjectId) -> Sequence[str]:
         return ()
 

@@ -69,6 +69,10 @@ class OriginCatalog:
     def public_url(self) -> str:
         return url_origin(self._template)
 
+    @property
+    def lookups_fail(self) -> bool:
+        return False
+
     def sources_of(self, object_id: ObjectId) -> Sequence[str]:
         return (self._url_of(object_id),) if object_id.path != object_id or not object_id.is_digest else ()
 

@@ -83,6 +83,10 @@ class JoystreamCatalog:
     def public_url(self) -> str:
         return url_without_credentials(self._url)
 
+    @property
+    def lookups_fail(self) -> bool:
+        return False
+
     def sources_of(self, object_id: ObjectId) -> Sequence[str]:
         return ()
 
