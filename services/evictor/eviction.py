@@ -133,9 +133,8 @@ class Eviction:
                 evictable = self._count_evictable(missing)
                 counted_all = evictable < missing
             if evictable < missing:
-                may_discard = prepared and not discarded
-                objects = self._count_evictable(missing, self._index.partials) if may_discard else evictable
-                partials = self._reaper.discardable if may_discard else 0
+                partials = self._reaper.discardable if prepared and not discarded else 0
+                objects = self._count_evictable(missing, self._index.partials) if partials else evictable
                 free = min(usage.free, device_free)
                 available = free + objects + partials + await self._given_by_workers()
                 wanted = fitting_requests(requests, available)
