@@ -233,7 +233,9 @@ class PartialReaper:
         self._index = index
         self._resume_grace = _RESUME_FRACTION * space_wait
         self._found: Mapping[ObjectId, FoundPartial] = {}  # as of the last sweep
-        self._parked: Sequence[Fetch] = ()  # when they were last put into the order
+        # When they were last put into the order
+        self._fetches: Sequence[Fetch] = ()
+        self._parked: Sequence[Fetch] = ()
 
     async def sweep(self, term: Term, *, measure: bool = False) -> SweepResult:
         """Account for unknown partial files, remove unusable and old ones, and end parked fetches without a file.
@@ -286,6 +288,7 @@ class PartialReaper:
         Fetches that were parked a short time ago with the whole reservation are left out: their jobs are on the way to
         another worker.
         """
+        self._fetches = fetches
         self._parked = [fetch for fetch in fetches if fetch.phase is FetchPhase.PARKED]
         resumed = {fetch.object_id for fetch in fetches if fetch.phase is FetchPhase.FETCHING}
         left = [self._with_access(fetch) for fetch in self._parked if self._is_left(fetch)]
@@ -311,23 +314,33 @@ class PartialReaper:
             return RemovalOutcome.FAILED
         return RemovalOutcome.REMOVED if freed else RemovalOutcome.IN_USE
 
+    @property
+    def discardable(self) -> int:
+        """Bytes that `free` frees at most."""
+        return sum(fetch.reserved for fetch in self._parked if self._is_left(fetch))
+
     async def free(self, term: Term, wanted: int) -> int:
         """Discard parked fetches, longest parked first, until `wanted` bytes are free. Returns the bytes freed.
 
-        For passes that find no other victim: those that were viewed a short time ago go, too. Fetches that were parked
-        a short time ago stay: their jobs are on the way to another worker. Call `prepare` in the same pass before: the
-        fetches are those that it has read. Of one that has a worker since the lease cannot be taken.
+        For passes whose other victims are not enough: those that were viewed a short time ago go, too. Fetches that
+        were parked a short time ago stay: their jobs are on the way to another worker. Call `prepare` in the same pass
+        before: the fetches are those that it has read. Of one that has a worker since the lease cannot be taken.
         """
         if wanted <= 0:
             return 0
-        freed = 0
+        freed, ended = 0, set[ObjectId]()
         for fetch in sorted(filter(self._is_left, self._parked), key=_age, reverse=True):
             if freed >= wanted:
                 break
             try:
-                freed += await self._reap(term, fetch.object_id, "space_wanted", unless_read=True)
+                released = await self._reap(term, fetch.object_id, "space_wanted", unless_read=True)
             except VolumeError as error:
                 logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
+                continue
+            if released:
+                freed += released
+                ended.add(fetch.object_id)
+        self._refresh_order([fetch for fetch in self._fetches if fetch.object_id not in ended])
         return freed
 
     async def discard(self, term: Term, object_id: ObjectId) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass
 
 import structlog
@@ -24,6 +24,7 @@ from distributor_node.shared.domain.space import (
     EvictionReason,
     Usage,
     Watermarks,
+    fitting_requests,
     footprint,
     missing_for,
 )
@@ -107,14 +108,18 @@ class Eviction:
     async def _evict_until_enough(
         self, term: Term, usage: Usage, device_free: int, report: PassReport
     ) -> None:
-        watermarks, prepared = self._rules.watermarks, False
+        """Evict for the watermarks, and for those requests for space that can be met in this pass."""
+        watermarks, prepared, discarded = self._rules.watermarks, False, False
+        # Bytes of objects that may be evicted. Counted up to what is missing, or all: then it is less than that.
+        evictable, counted_all = 0, False
         if usage.used + usage.reserved > watermarks.high:
             # Once begun, down to the low mark
             watermarks = Watermarks(low=watermarks.low, high=watermarks.low)
         while True:
-            wanted = await self._state.space_requested()
-            needed = watermarks.to_evict(usage, wanted, device_free)
-            if needed <= 0:
+            requests = await self._state.space_requests()
+            wanted = sum(requests)
+            all_needed = watermarks.to_evict(usage, wanted, device_free)
+            if all_needed <= 0:
                 self._set_blocked(0)
                 return
             await self._index.refresh()
@@ -123,29 +128,59 @@ class Eviction:
                 await self._reaper.prepare(term)
                 usage = await self._state.usage()
                 continue
-            reason = watermarks.reason_to_evict(usage, wanted, device_free)
-            victims = self._select(needed, reason)
+            missing = missing_for(usage, wanted, device_free)
+            if evictable < missing and not counted_all:
+                evictable = self._count_evictable(missing)
+                counted_all = evictable < missing
+            if evictable < missing:
+                partials = self._reaper.discardable if prepared and not discarded else 0
+                objects = self._count_evictable(missing, self._index.partials) if partials else evictable
+                free = min(usage.free, device_free)
+                available = free + objects + partials + await self._given_by_workers()
+                wanted = fitting_requests(requests, available)
+                missing = missing_for(usage, wanted, device_free)
+                if evictable < missing and partials:
+                    # Before the objects: less may be freed than expected, and these would go for nothing
+                    device_free += await self._reaper.free(term, missing - objects)
+                    usage = await self._state.usage()
+                    discarded, evictable, counted_all = True, 0, False
+                    continue
+            needed = watermarks.to_evict(usage, wanted, device_free)
+            victims = self._select(needed, watermarks.reason_to_evict(usage, wanted, device_free))
             if not victims:
-                shortfall = needed - await self._reaper.free(term, missing_for(usage, wanted, device_free))
-                self._set_blocked(shortfall)
+                self._set_blocked(all_needed if needed else all_needed - evictable)
                 return
+            evictable -= sum(footprint(victim.entry.size) for victim in victims)
             device_free += await self._evict(term, victims, report)
             usage = await self._state.usage()
 
-    def _select(
-        self, needed: int, reason: EvictionReason, at_most: int = _EVICTION_BATCH
-    ) -> Sequence[Victim]:
+    async def _given_by_workers(self) -> int:
+        """Bytes that the paused downloads of one worker give to others once the evictor has done its part. A worker
+        gives none if its own are not enough, so those of several do not add up."""
+        return max((worker.spare for worker in await self._state.workers()), default=0)
+
+    def _spared(self) -> Set[ObjectId]:
         now = time.monotonic()
         self._spared_until = {
             object_id: until for object_id, until in self._spared_until.items() if until > now
         }
+        return self._spared_until.keys() | self.pinned
+
+    def _count_evictable(self, wanted: int, besides: Collection[ObjectId] = ()) -> int:
+        """Bytes of the objects that may be evicted, `besides` not among them; counted up to `wanted`."""
+        return self._index.policy.evictable(
+            wanted,
+            self._clock(),
+            min_idle=self._rules.min_idle,
+            spared=self._spared() | set(besides),
+        )
+
+    def _select(
+        self, needed: int, reason: EvictionReason, at_most: int = _EVICTION_BATCH
+    ) -> Sequence[Victim]:
         policy, now = self._index.policy, self._clock()
         chosen = policy.victims(
-            needed,
-            now,
-            min_idle=self._rules.min_idle,
-            spared=self._spared_until.keys() | self.pinned,
-            at_most=at_most,
+            needed, now, min_idle=self._rules.min_idle, spared=self._spared(), at_most=at_most
         )
         return [
             Victim(

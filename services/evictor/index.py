@@ -201,6 +201,11 @@ class EvictionIndex:
     def has_partials(self) -> bool:
         return bool(self._partials)
 
+    @property
+    def partials(self) -> Collection[ObjectId]:
+        """The partial objects in the order."""
+        return self._partials
+
     def known_entry(self, object_id: ObjectId) -> PolicyEntry | None:
         """The entry of an object that the store has lost, as it was before."""
         known = self.policy.get(object_id) if object_id in self else None

@@ -328,11 +328,7 @@ class JobScheduler:
         if now - self._short_since < turn * EVICTION_TIME:
             return
         missing -= sum(slot.spare for slot in self._paused if now - slot.displaced_at < DISPLACEMENT_TIME)
-        candidates = [
-            slot
-            for slot in self._paused
-            if slot.spare and not slot.is_displaced and now - slot.room_since >= MIN_STAY
-        ]
+        candidates = self._displaceable(now)
         if sum(slot.spare for slot in candidates) < missing:
             return  # it would not be enough
         for slot in candidates:
@@ -341,6 +337,14 @@ class JobScheduler:
                 slot.is_displaced, slot.displaced_at = True, now
                 source = None if slot.url is None else source_name(slot.url)
                 logger.info("paused_download_displaced", source=source, bytes=slot.spare)
+
+    def _displaceable(self, now: float) -> Sequence[Slot]:
+        """Paused downloads that may be asked to end for the room that they keep, longest paused first."""
+        return [
+            slot
+            for slot in self._paused
+            if slot.spare and not slot.is_displaced and now - slot.room_since >= MIN_STAY
+        ]
 
     def report(self) -> WorkerReport:
         """Return the heartbeat."""
@@ -353,6 +357,7 @@ class JobScheduler:
             len(self._waiting),
             max((now - one.arrived_at for one in self._waiting), default=0.0),
             tuple(full[:_MAX_REPORTED_SOURCES]),
+            sum(slot.spare for slot in self._displaceable(now)),
         )
 
     async def _withdraw(self) -> None:

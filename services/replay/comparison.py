@@ -75,6 +75,16 @@ class _Queues(ABC):
     ) -> list[PolicyEntry]:
         return [self._next_victim()] if self._entries and wanted > 0 else []
 
+    def evictable(
+        self,
+        wanted: int,
+        now: float,
+        *,
+        min_idle: float = 0.0,
+        spared: Collection[ObjectId] = _NO_IDS,
+    ) -> int:
+        return sum(footprint(entry.size) for entry in self._entries.values())
+
     @abstractmethod
     def _next_victim(self) -> PolicyEntry: ...
 

@@ -92,6 +92,17 @@ def missing_for(usage: Usage, wanted: int, device_free: int) -> int:
     return max(0, wanted - min(usage.free, device_free))
 
 
+def fitting_requests(requests: Sequence[int], available: int) -> int:
+    """Sum of the requests for space that fit into the `available` bytes together, the smallest first: a large one that
+    does not fit must not keep the others waiting."""
+    fitting = 0
+    for wanted in sorted(requests):
+        if fitting + wanted > available:
+            break
+        fitting += wanted
+    return fitting
+
+
 FILES_PER_OBJECT = 2
 """An object's file and its record."""
 

@@ -367,7 +367,7 @@ EVICTED_BYTES = Counter(
 )
 EVICTION_BLOCKED = Counter(
     "distributor_eviction_blocked_total",
-    "Eviction passes that needed space and found nothing to evict.",
+    "Eviction passes that needed more space than could be evicted.",
 )
 LAST_EVICTION_MAX_IDLE = ReportedGauge(
     "distributor_last_eviction_max_idle_seconds", "Longest idle time among the objects of the last eviction."

@@ -174,6 +174,7 @@ class WorkerReport:
     waiting: int  # jobs that it holds and that wait for a slot
     longest_wait: float  # seconds that the oldest of these has waited; 0 if there is none
     full_sources: tuple[str, ...] = ()  # host:port of sources that have no free slot
+    spare: int = 0  # bytes that its paused downloads would give to an object that needs room
     age: float = 0.0  # seconds since the report, as read from the store
 
 
@@ -303,7 +304,10 @@ class EvictorStore(Protocol):
         """Whether that term goes on."""
 
     async def space_requested(self) -> int:
-        """Bytes (footprints) of all live `request_space` requests that were not granted yet.
+        """Sum of `space_requests`."""
+
+    async def space_requests(self) -> Sequence[int]:
+        """Bytes (footprints) of each live `request_space` request that was not granted yet, in any order.
 
         Less what a partial object that was parked with less than its whole reservation has kept: only the rest of it
         is missing.

@@ -28,6 +28,7 @@ class TestSpaceRequests:
         await harness.store.request_space(TWO, 200, 60)
         await harness.store.request_space(TWO, 300, 60)
         assert await harness.store.space_requested() == footprint(100) + footprint(300)
+        assert sorted(await harness.store.space_requests()) == [footprint(100), footprint(300)]
 
     async def test_expire(self, harness: Harness) -> None:
         await harness.store.request_space(ONE, 100, 0.1)

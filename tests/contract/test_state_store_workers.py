@@ -20,7 +20,7 @@ from distributor_node.shared.ports.state_store import (
 from tests.contract.state_harness import ONE, THREE, TWO, Harness
 
 FIRST = WorkerReport("worker-1", slots=8, running=3, waiting=0, longest_wait=0.0)
-SECOND = WorkerReport("worker-2", 4, 4, 7, 2.5, full_sources=("node.example:443", "10.0.0.1:80"))
+SECOND = WorkerReport("worker-2", 4, 4, 7, 2.5, full_sources=("node.example:443", "10.0.0.1:80"), spare=2**40)
 
 
 async def reports(harness: Harness) -> list[WorkerReport]:

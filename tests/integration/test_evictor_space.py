@@ -22,7 +22,7 @@ from distributor_node.shared.domain.eviction import make_policy
 from distributor_node.shared.domain.eviction.policy import NO_BASIS
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import DeviceSpace, Watermarks, footprint
-from distributor_node.shared.ports.state_store import Access, Fetch, FetchPhase, Granted
+from distributor_node.shared.ports.state_store import Access, Fetch, FetchPhase, Granted, Term, WorkerReport
 from tests.counters import counted
 from tests.integration.evictor_harness import (
     LIMIT,
@@ -336,7 +336,7 @@ async def test_a_partial_object_being_fetched_stays(harness: EvictorHarness) -> 
         await harness.store(*NAMES[:6], age=3600)
         lease = await harness.begin_fetch(FILM, 2 * SIZE)
         partial = harness.begin_partial(FILM, HELD, 2 * SIZE)
-        await harness.state.request_space(ObjectId("new"), 9 * SIZE, 30.0)
+        await harness.state.request_space(ObjectId("new"), 8 * SIZE, 30.0)
 
         async def nothing_else_left() -> bool:
             await harness.state.renew(lease)
@@ -581,17 +581,126 @@ async def test_a_pass_reads_all_fetches_once(
         calls += 1
         return await fetches()
 
-    term = await harness.term()
-    await state.set_reconciled(term)
+    term = await reconciled_term(harness)
     await harness.park("half", 1000, LIMIT - 5000)
     await state.request_space(ObjectId("new"), LIMIT - footprint(500), 30.0)
-    index = EvictionIndex(state, harness.volume, lambda: make_policy("gdsf"))
-    reaper = PartialReaper(
-        state, harness.volume, Adoption(state, harness.volume, index), index, keep=3600.0, space_wait=10.0
-    )
-    rules = EvictionRules(Watermarks(low=LIMIT // 2, high=LIMIT * 9 // 10), min_idle=3600.0)
-    eviction = Eviction(state, index, ObjectRemover(state, harness.volume, index), reaper, rules)
     monkeypatch.setattr(state, "fetches", counted_fetches)
-    await eviction.run(term, await state.usage(), DeviceSpace(free_bytes=10 * LIMIT))
+    await run_pass(harness, term)
     assert await harness.fetch_of("half") is None
     assert calls == 1
+
+
+# Requests that cannot be met now. MIN_IDLE keeps what was stored just now.
+
+MIN_IDLE = 60.0
+IDLE = ["i0", "i1"]
+
+
+async def reconciled_term(harness: EvictorHarness) -> Term:
+    term = await harness.term()
+    await harness.state.set_reconciled(term)
+    return term
+
+
+async def run_pass(harness: EvictorHarness, term: Term) -> list[str]:
+    """One pass. Returns the complete objects that are left."""
+    state, volume = harness.state, harness.volume
+    index = EvictionIndex(state, volume, lambda: make_policy("gdsf"))
+    await index.load()
+    reaper = PartialReaper(state, volume, Adoption(state, volume, index), index, keep=3600.0, space_wait=10.0)
+    rules = EvictionRules(Watermarks(low=LIMIT // 2, high=LIMIT * 9 // 10), MIN_IDLE)
+    eviction = Eviction(state, index, ObjectRemover(state, volume, index), reaper, rules)
+    await eviction.run(term, await state.usage(), DeviceSpace(free_bytes=10 * LIMIT))
+    return sorted(await harness.entries())
+
+
+async def store_idle_and_others(harness: EvictorHarness, others: int) -> list[str]:
+    """Two objects that may be evicted, and others that may not. Returns all of their names."""
+    names = [f"n{number}" for number in range(others)]
+    await harness.store(*IDLE, age=3600)
+    await harness.store(*names)
+    return [*IDLE, *names]
+
+
+async def test_nothing_is_evicted_for_a_request_that_cannot_be_met(harness: EvictorHarness) -> None:
+    term = await reconciled_term(harness)
+    names = await store_idle_and_others(harness, 6)
+    await harness.state.request_space(ObjectId("large"), 5 * SIZE, 30.0)
+    with capture_logs() as logs:
+        assert await run_pass(harness, term) == names
+    [blocked] = [event for event in logs if event["event"] == "eviction_blocked"]
+    assert blocked["missing_bytes"] == footprint(5 * SIZE) - 4 * footprint(SIZE)  # two are free, two are idle
+
+
+async def test_nothing_is_evicted_where_running_downloads_have_the_room(harness: EvictorHarness) -> None:
+    term = await reconciled_term(harness)
+    names = await store_idle_and_others(harness, 0)
+    lease = await harness.begin_fetch("running", 6 * SIZE)
+    await harness.state.request_space(ObjectId("large"), 5 * SIZE, 30.0)
+    assert await harness.state.renew(lease)
+    assert await run_pass(harness, term) == names
+
+
+async def test_what_can_be_met_is_met_beside_what_cannot(harness: EvictorHarness) -> None:
+    term = await reconciled_term(harness)
+    names = await store_idle_and_others(harness, 6)
+    await harness.state.request_space(ObjectId("large"), 5 * SIZE, 30.0)
+    await harness.state.request_space(ObjectId("small"), SIZE + 1, 30.0)
+    await harness.state.request_space(ObjectId("second"), SIZE, 30.0)
+    with capture_logs() as logs:
+        assert await run_pass(harness, term) == names[1:]
+    assert [event["event"] for event in logs if event["event"] == "eviction_blocked"]
+    await harness.begin_fetch("small", SIZE + 1)
+    await harness.begin_fetch("second")
+
+
+async def test_the_request_is_met_when_more_objects_are_idle(harness: EvictorHarness) -> None:
+    term = await reconciled_term(harness)
+    names = await store_idle_and_others(harness, 5)
+    await harness.state.request_space(ObjectId("large"), 6 * SIZE, 30.0)
+    assert await run_pass(harness, term) == names
+    await harness.store("i2", age=3600)
+    assert await run_pass(harness, term) == [*IDLE, "i2", *names[2:]]
+    await harness.state.request_space(ObjectId("large"), 5 * SIZE - 5000, 30.0)
+    assert await run_pass(harness, term) == names[2:]
+    await harness.begin_fetch("large", 5 * SIZE - 5000)
+
+
+async def test_the_low_mark_is_reached_whatever_is_requested(harness: EvictorHarness) -> None:
+    term = await reconciled_term(harness)
+    names = await store_idle_and_others(harness, 8)
+    await harness.state.request_space(ObjectId("large"), 5 * SIZE, 30.0)
+    assert await run_pass(harness, term) == names[2:]
+
+
+@pytest.mark.parametrize("spare", [0, 2 * SIZE])
+async def test_objects_make_room_together_with_paused_downloads(harness: EvictorHarness, spare: int) -> None:
+    """Workers wait with them until the evictor has done its part."""
+    term = await reconciled_term(harness)
+    names = await store_idle_and_others(harness, 0)
+    lease = await harness.begin_fetch("paused", 6 * SIZE)
+    await harness.state.report_worker(WorkerReport("w", 8, 0, 1, 0.0, spare=spare), 30.0)
+    await harness.state.request_space(ObjectId("large"), 6 * SIZE, 30.0)
+    assert await harness.state.renew(lease)
+    assert await run_pass(harness, term) == ([] if spare else names)
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+async def test_objects_make_room_together_with_a_partial_object(
+    harness: EvictorHarness, is_read: bool
+) -> None:
+    """It was viewed a short time ago, and goes as the last resort, unless a client has it open."""
+    term = await reconciled_term(harness)
+    names = await store_idle_and_others(harness, 3)
+    await harness.park(FILM, HELD, 5 * SIZE)
+    await harness.state.record_accesses([Access(FILM, 1, time.time())])
+    reader = harness.volume.open_partial(FILM) if is_read else None
+    await harness.state.request_space(ObjectId("large"), 6 * SIZE + 8000, 30.0)
+    left = await run_pass(harness, term)
+    if reader is None:
+        assert left == names[2:]
+        assert await harness.fetch_of(FILM) is None
+        await harness.begin_fetch("large", 6 * SIZE + 8000)
+    else:
+        assert left == names
+        reader.close()

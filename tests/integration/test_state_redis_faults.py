@@ -60,6 +60,7 @@ VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     "lead": lambda store: store.lead("evictor-1", 1),
     "resign": lambda store: store.resign(_TERM),
     "space_requested": lambda store: store.space_requested(),
+    "space_requests": lambda store: store.space_requests(),
     "begin_eviction": lambda store: store.begin_eviction(_TERM, ONE, 0),
     "finish_eviction": lambda store: store.finish_eviction(_TERM, ONE),
     "cancel_eviction": lambda store: store.cancel_eviction(_TERM, ONE),

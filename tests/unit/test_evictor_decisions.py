@@ -14,8 +14,16 @@ from distributor_node.services.evictor.assignment import implausible_reason
 from distributor_node.services.evictor.integrity import Verdict, judge_size
 from distributor_node.services.evictor.leader_election import MAX_BACKOFF, MIN_BACKOFF, run_periodically
 from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from distributor_node.shared.domain.eviction import POLICY_NAMES, PolicyEntry, make_policy
 from distributor_node.shared.domain.objects import CompactIdSet, MediaObject, ObjectId
-from distributor_node.shared.domain.space import DeviceSpace, EvictionReason, Usage, Watermarks
+from distributor_node.shared.domain.space import (
+    DeviceSpace,
+    EvictionReason,
+    Usage,
+    Watermarks,
+    fitting_requests,
+    footprint,
+)
 from distributor_node.shared.runtime.threads import run_blocking
 from distributor_node.shared.waiting import Backoff
 
@@ -36,6 +44,43 @@ def test_eviction_frees_the_requested_space(
     assert device_free + evicted >= wanted
     if used + reserved <= marks.high and wanted <= min(usage.free, device_free):
         assert evicted == 0
+
+
+@pytest.mark.parametrize(
+    ("requests", "available", "fitting"),
+    [
+        ((), 10, 0),
+        ((70,), 69, 0),
+        ((70,), 70, 70),
+        ((70, 5, 20), 30, 25),
+        ((70, 5, 20), 95, 95),
+        ((5,), -1, 0),
+    ],
+)
+def test_a_large_request_that_does_not_fit_keeps_no_smaller_one_waiting(
+    requests: tuple[int, ...], available: int, fitting: int
+) -> None:
+    assert fitting_requests(requests, available) == fitting
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@given(
+    st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 100)), max_size=30),
+    st.integers(0, 100),
+    st.integers(0, 10**10),
+)
+def test_evictable_is_what_the_victims_sum_up_to(
+    name: str, objects: list[tuple[int, int]], min_idle: int, wanted: int
+) -> None:
+    policy, spared = make_policy(name), {ObjectId("0"), ObjectId("1")}
+    for number, (size, last_access) in enumerate(objects):
+        policy.add(PolicyEntry(ObjectId(str(number)), size, 1, last_access))
+    policy.remove(ObjectId("2"))
+    victims = policy.victims(10**12, 100.0, min_idle=min_idle, spared=spared)
+    total = sum(footprint(victim.size) for victim in victims)
+    assert policy.evictable(10**12, 100.0, min_idle=min_idle, spared=spared) == total
+    enough = policy.evictable(wanted, 100.0, min_idle=min_idle, spared=spared)
+    assert min(wanted, total) <= enough <= total
 
 
 @pytest.mark.parametrize(

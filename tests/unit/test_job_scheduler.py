@@ -387,6 +387,17 @@ async def test_paused_downloads_whose_room_others_need_are_asked_to_end_as_many_
         assert [slot.is_displaced for slot in slots] == [True, True, False], "their room counts"
 
 
+async def test_the_room_that_paused_downloads_would_give_is_reported() -> None:
+    """The evictor counts on it."""
+    async with world(total=1, per_source=9) as one:
+        slots = await paused(one, 300, 200)
+        assert one.scheduler.report().spare == 0, "they keep their room for a while"
+        await one.later(MIN_STAY)
+        assert one.scheduler.report().spare == 500
+        slots[0].resume()
+        assert one.scheduler.report().spare == 200
+
+
 async def test_downloads_that_do_not_end_do_not_stand_for_others() -> None:
     async with world(total=1, per_source=9) as one:
         slots = await paused(one, 300, 300)

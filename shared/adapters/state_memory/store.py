@@ -389,7 +389,10 @@ class MemoryStateStore:
         return self._tables.is_leader(term)
 
     async def space_requested(self) -> int:
-        return self._tables.space_requested()
+        return sum(await self.space_requests())
+
+    async def space_requests(self) -> Sequence[int]:
+        return self._tables.live_space_requests()
 
     async def begin_eviction(
         self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False

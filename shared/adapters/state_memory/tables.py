@@ -258,13 +258,13 @@ class Tables:
         self.reserved -= row.reservation - parked.reservation
         return parked.reservation < row.reservation
 
-    def space_requested(self) -> int:
-        """Of requests that have not expired, less what is kept of their objects."""
+    def live_space_requests(self) -> list[int]:
+        """Bytes of requests that have not expired, less what is kept of their objects."""
         now = self.clock()
         self.space_requests = {known: wish for known, wish in self.space_requests.items() if wish[1] > now}
-        return sum(
+        return [
             max(0, wanted - self._kept_by_shrunk(known)) for known, (wanted, _) in self.space_requests.items()
-        )
+        ]
 
     def _kept_by_shrunk(self, object_id: ObjectId) -> int:
         """What a fetch has reserved of an object that needs more; 0 for any other."""

@@ -297,6 +297,7 @@ def pack_worker(report: WorkerReport) -> bytes:
             "waiting": report.waiting,
             "longest_wait": report.longest_wait,
             "full_sources": report.full_sources,
+            "spare": report.spare,
         }
     ).encode()
 
@@ -311,6 +312,7 @@ def read_worker(worker: bytes, age: int, packed: bytes) -> WorkerReport:
         waiting=int(fields.get("waiting", 0)),
         longest_wait=float(fields.get("longest_wait", 0.0)),
         full_sources=tuple(map(str, fields.get("full_sources", ()))),
+        spare=int(fields.get("spare", 0)),
         age=age / 1000,
     )
 

@@ -361,7 +361,10 @@ class RedisStateStore:
         return bool(leader == _term_value(term).encode())
 
     async def space_requested(self) -> int:
-        return int(await self._connection.run("space_wanted", ""))
+        return sum(await self.space_requests())
+
+    async def space_requests(self) -> Sequence[int]:
+        return [int(wanted) for wanted in await self._connection.run("space_wanted", "")]
 
     async def begin_eviction(
         self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False

@@ -300,6 +300,24 @@ class PackedPolicy:
                 wanted -= footprint(entry.size)
         return chosen
 
+    def evictable(
+        self,
+        wanted: int,
+        now: float,
+        *,
+        min_idle: float = 0.0,
+        spared: Collection[ObjectId] = _NO_IDS,
+    ) -> int:
+        """Reads the records, whose order does not matter, not the heap: a quarter of a second for a million."""
+        sizes, last_accesses, latest = self._records.sizes, self._records.last_accesses, now - min_idle
+        total = 0
+        for object_id, slot in self._records.slots.items():
+            if last_accesses[slot] <= latest and object_id not in spared:
+                total += footprint(sizes[slot])
+                if total >= wanted:
+                    break
+        return total
+
     def restore(self, entries: Iterable[PolicyEntry], basis: PriorityBasis) -> None:
         """Takes one entry at a time: a generator saves the memory of a list. The last of several entries with the same
         id counts."""

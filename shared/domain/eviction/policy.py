@@ -110,6 +110,16 @@ class EvictionPolicy(Protocol):
         At most `at_most` victims. They are fewer bytes than wanted when nothing else may go.
         """
 
+    def evictable(
+        self,
+        wanted: int,
+        now: float,
+        *,
+        min_idle: float = 0.0,
+        spared: Collection[ObjectId] = frozenset(),
+    ) -> int:
+        """Bytes (footprints) of all objects that `victims` may choose. Stops counting at `wanted` bytes."""
+
     def ids(self) -> Sequence[ObjectId]:
         """All ids as of now, in any order."""
 
