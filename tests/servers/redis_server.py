@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from collections import deque
 from pathlib import Path
 from typing import Self
 
@@ -106,10 +108,23 @@ class RedisServer:
             return False
 
 
+_recent_ports: deque[int] = deque(maxlen=500)
+
+
 def free_port() -> int:
-    """A port that was free a moment ago, below those that the system hands out to outgoing connections."""
+    """A port that was free a moment ago, below those that the system hands out to outgoing connections.
+
+    Not one of the last 500 of this process, which may not listen yet. Each process of a test run has its own ports.
+    """
+    worker, count = (
+        os.environ.get("PYTEST_XDIST_WORKER", "gw0"),
+        os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"),
+    )
     while True:
-        port = random.randint(12_000, 30_000)
+        port = random.randrange(12_000, 30_000)
+        if port % int(count) != int(worker.removeprefix("gw")) or port in _recent_ports:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _recent_ports.append(port)
             return port
