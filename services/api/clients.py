@@ -217,7 +217,7 @@ class SlowClients:
 async def _is_scarce(state: StateStore, high_watermark: int) -> bool:
     try:
         usage = await state.usage()
-        return usage.used + usage.reserved > high_watermark or await state.space_requested() > 0
+        return usage.used + usage.reserved > high_watermark or any(await state.space_requests())
     except StateStoreUnavailable:
         return False
 

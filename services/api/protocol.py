@@ -210,7 +210,6 @@ class PublicProtocol(HttpProtocol):
     for_peers = False  # whether this is the port for the other nodes of the fleet
     __slots__ = (
         "_abort_reason",
-        "_begun",
         "_check_interval",
         "_half_closed",
         "_since",
@@ -222,7 +221,6 @@ class PublicProtocol(HttpProtocol):
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
         self._http: ApiHttp | None = None  # until Sanic's task has started; the client may leave before
-        self._begun = False  # the task was created
         self._abort_reason: str | None = None
         self._half_closed = False  # the client has sent all its requests
         self._watched: tuple[object, ...] = ()
@@ -282,13 +280,12 @@ class PublicProtocol(HttpProtocol):
         self._check_later()
 
     def data_received(self, data: bytes) -> None:
-        if not self._begun:
+        if self.conn_info is None:
             self._begin()
         super().data_received(data)
 
     def _begin(self) -> None:
-        """Let Sanic serve the connection."""
-        self._begun = True
+        """Let Sanic serve the connection. It is described from now on."""
         transport: Any = self.transport
         self.conn_info = ConnInfo(transport, unix=self._unix)
         self._task = self.loop.create_task(self.connection_task())  # type: ignore[no-untyped-call]
@@ -303,7 +300,7 @@ class PublicProtocol(HttpProtocol):
             self._slow_clients.forget(self)
         if self._callback_check_timeouts is not None:
             self._callback_check_timeouts.cancel()
-        if self._begun:
+        if self.conn_info is not None:
             super().connection_lost(exc)  # type: ignore[no-untyped-call]
         else:
             self.connections.discard(self)

@@ -311,7 +311,7 @@ class JobScheduler:
 
     async def _yield_room(self) -> None:
         """Ask paused downloads to end if others need their room."""
-        wanted = await self._state.space_requested() if self._paused else 0
+        wanted = sum(await self._state.space_requests()) if self._paused else 0
         missing = 0
         if wanted:
             usage = await self._state.usage()

@@ -303,9 +303,6 @@ class EvictorStore(Protocol):
     async def is_leader(self, term: Term) -> bool:
         """Whether that term goes on."""
 
-    async def space_requested(self) -> int:
-        """Sum of `space_requests`."""
-
     async def space_requests(self) -> Sequence[int]:
         """Bytes (footprints) of each live `request_space` request that was not granted yet, in any order.
 

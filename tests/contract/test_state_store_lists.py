@@ -27,7 +27,7 @@ class TestSpaceRequests:
         await harness.store.request_space(ONE, 100, 60)
         await harness.store.request_space(TWO, 200, 60)
         await harness.store.request_space(TWO, 300, 60)
-        assert await harness.store.space_requested() == footprint(100) + footprint(300)
+        assert sum(await harness.store.space_requests()) == footprint(100) + footprint(300)
         assert sorted(await harness.store.space_requests()) == [footprint(100), footprint(300)]
 
     async def test_expire(self, harness: Harness) -> None:
@@ -35,7 +35,7 @@ class TestSpaceRequests:
         await harness.store.request_space(TWO, 200, 60)
 
         async def only_the_second() -> bool:
-            return await harness.store.space_requested() == footprint(200)
+            return sum(await harness.store.space_requests()) == footprint(200)
 
         await harness.until(only_the_second)
 

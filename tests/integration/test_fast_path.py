@@ -23,6 +23,7 @@ import pytest
 
 import distributor_node.services.api.fast_path.handler as building
 from distributor_node.services.api.assets.decision import select_range
+from distributor_node.services.api.fast_path.protocol import Connection, FileSender
 from distributor_node.shared.adapters.volume import RemovalState
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.objects import ObjectId
@@ -324,6 +325,34 @@ async def test_a_client_disconnect_is_noticed_and_releases_the_object(harness: A
         lambda: counted("distributor_aborted_responses_total", reason="client_disconnected") == before + 1
     )
     await eventually(lambda: harness.open_files() == 0)
+
+
+async def test_a_client_that_leaves_with_all_bytes_has_not_disconnected_early(
+    harness: AssetsHarness, disk: ColdDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may reset the connection before the task that sends the body has ended."""
+
+    async def write(_: FileSender, connection: Connection, chunk: bytes) -> None:
+        connection.transport.write(chunk)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(FileSender, "_write", write)
+    before = counted("distributor_aborted_responses_total", reason="client_disconnected")
+    reader, writer = await harness.connect()
+    writer.write(ask("1"))
+    assert (await read_answer(reader))[1] == harness.data["1"]
+    reset = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    writer.transport.abort()
+    await eventually(lambda: counted("distributor_requests_in_progress") == 0)
+    assert counted("distributor_aborted_responses_total", reason="client_disconnected") == before
+    reader, writer = await harness.connect()
+    writer.write(ask("2"))
+    await reader.readuntil(b"\r\n\r\n")
+    writer.transport.abort()
+    await eventually(
+        lambda: counted("distributor_aborted_responses_total", reason="client_disconnected") == before + 1
+    )
 
 
 async def test_a_file_truncated_while_it_is_sent_closes_the_connection(harness: AssetsHarness) -> None:

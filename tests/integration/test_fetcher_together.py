@@ -148,13 +148,13 @@ async def test_space_is_requested_and_waited_for(tmp_path: Path) -> None:
         running = start(harness)
 
         async def space_requested() -> bool:
-            return await harness.state.space_requested() == footprint(SIZE)
+            return sum(await harness.state.space_requests()) == footprint(SIZE)
 
         await eventually(space_requested)
         await harness.state.release(begun.lease)
         async with asyncio.timeout(60):
             assert await running == Ack("fetched")
-        assert await harness.state.space_requested() == 0
+        assert sum(await harness.state.space_requests()) == 0
 
 
 async def test_no_space_in_time_is_retried_later(tmp_path: Path) -> None:
@@ -513,7 +513,7 @@ async def test_a_full_disk_is_an_outcome(small_disk: Path) -> None:
         assert outcome.reason.startswith("volume full")
         assert harness.partial_size() is None
         assert (await harness.state.usage()).reserved == 0
-        assert await harness.state.space_requested() == footprint(SIZE)
+        assert sum(await harness.state.space_requests()) == footprint(SIZE)
 
 
 async def test_a_missing_volume_is_rejected_and_its_replacement_is_used(

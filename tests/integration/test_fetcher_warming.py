@@ -49,7 +49,7 @@ async def test_above_the_watermark_warming_is_skipped_and_its_claim_ends(tmp_pat
         below = footprint(100) + footprint(len(DATA)) - 1
         assert await worker(harness, below).handle(job(harness)) == Ack("no_room_to_warm")
         assert (await harness.state.find(OBJECT_ID)).fetch is None
-        assert await harness.state.space_requested() == 0
+        assert sum(await harness.state.space_requests()) == 0
         # A job of a client is fetched.
         assert await worker(harness, below).handle(replace(job(harness), low_priority=False)) == Ack(
             "fetched"
@@ -60,7 +60,7 @@ async def test_without_space_nothing_is_evicted_for_it(tmp_path: Path) -> None:
     async with fetcher_harness(tmp_path, [DATA], limit=LIMIT) as harness:
         await occupied(harness, LIMIT - footprint(0) - 100)
         assert await worker(harness, 2 * LIMIT).handle(job(harness)) == Ack("no_room_to_warm")
-        assert await harness.state.space_requested() == 0
+        assert sum(await harness.state.space_requests()) == 0
 
 
 async def test_a_fetch_of_another_worker_is_left_alone(tmp_path: Path) -> None:

@@ -59,7 +59,6 @@ VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     "forget": lambda store: store.forget(ONE, 1),
     "lead": lambda store: store.lead("evictor-1", 1),
     "resign": lambda store: store.resign(_TERM),
-    "space_requested": lambda store: store.space_requested(),
     "space_requests": lambda store: store.space_requests(),
     "begin_eviction": lambda store: store.begin_eviction(_TERM, ONE, 0),
     "finish_eviction": lambda store: store.finish_eviction(_TERM, ONE),

@@ -93,8 +93,8 @@ class Usage:
     async def usage(self) -> Usage:
         return self
 
-    async def space_requested(self) -> int:
-        return self.wanted
+    async def space_requests(self) -> list[int]:
+        return [self.wanted]
 
 
 @pytest.mark.parametrize("scarce", ["used", "reserved", "wanted"])

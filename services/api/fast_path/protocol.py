@@ -194,6 +194,8 @@ class FastPathProtocol(PublicProtocol):
             # Nothing has been sent to the client: Sanic's path reports the fault.
             self._resume_reading(transfer.request)
             return
+        if sender.sent == transfer.prepared.length and self._abort_reason is None:
+            error = None  # the client has reset the connection before the task has ended
         abort_reason = self._abort_on_error(error) if error is not None else None
         transfer.fast_path.record(
             transfer.prepared,
@@ -405,8 +407,9 @@ class FileSender:
         return True
 
     async def _write_chunk(self, connection: Connection, length: int) -> None:
-        await self._write(connection, await self._read(length))
+        chunk = await self._read(length)
         self.sent += length
+        await self._write(connection, chunk)
 
     async def _write(self, connection: Connection, chunk: bytes | memoryview) -> None:
         connection.transport.write(chunk)

@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.operator.commands import fetch_as_json
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, VolumeError
@@ -27,9 +28,6 @@ from distributor_node.shared.ports.state_store import (
 from distributor_node.shared.runtime.process_reports import RemovedObject, read_reports
 from distributor_node.shared.settings.model import EvictorSettings
 from distributor_node.shared.settings.sizes import plural
-
-if TYPE_CHECKING:
-    from distributor_node.services.api.context import ApiContext
 
 CATALOG_TIMEOUT = 10.0
 """Seconds for the look-up of an object that is not here."""

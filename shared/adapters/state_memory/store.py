@@ -388,9 +388,6 @@ class MemoryStateStore:
     async def is_leader(self, term: Term) -> bool:
         return self._tables.is_leader(term)
 
-    async def space_requested(self) -> int:
-        return sum(await self.space_requests())
-
     async def space_requests(self) -> Sequence[int]:
         return self._tables.live_space_requests()
 

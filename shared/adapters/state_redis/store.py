@@ -360,9 +360,6 @@ class RedisStateStore:
         leader = await self._connection.command("GET", self._connection.keys.leader)
         return bool(leader == _term_value(term).encode())
 
-    async def space_requested(self) -> int:
-        return sum(await self.space_requests())
-
     async def space_requests(self) -> Sequence[int]:
         return [int(wanted) for wanted in await self._connection.run("space_wanted", "")]
 
