@@ -83,7 +83,12 @@ class _Queues(ABC):
         min_idle: float = 0.0,
         spared: Collection[ObjectId] = _NO_IDS,
     ) -> int:
-        return sum(footprint(entry.size) for entry in self._entries.values())
+        total = 0
+        for entry in self._entries.values():
+            total += footprint(entry.size)
+            if total >= wanted:
+                break
+        return total
 
     @abstractmethod
     def _next_victim(self) -> PolicyEntry: ...

@@ -197,3 +197,18 @@ def test_a_view_counts_once_however_many_ranges_it_takes() -> None:
     entry = policy.get(VIDEO)
     assert isinstance(entry, PolicyEntry)
     assert entry.frequency == 1
+
+
+def test_the_simulator_evicts_nothing_for_an_object_that_will_not_fit() -> None:
+    """As in the node: what is idle stays where it is, because it would go for nothing."""
+    simulation = Simulation(Lru(), Rules.of(100 * MIB))
+    images = [ObjectId(f"image-{number}") for number in range(20)]
+    for image in images:
+        simulation.process(Request(NOW, image, MIB, MIB))
+    for at, name in ((1000, "film"), (1010, "other")):  # too fresh to go
+        simulation.process(Request(NOW + at, ObjectId(name), 30 * MIB, 30 * MIB))
+    simulation.process(Request(NOW + 1020, ObjectId("large"), 60 * MIB, 60 * MIB))
+    assert (simulation.outcome.evicted, simulation.outcome.proxied) == (0, 1)
+    simulation.process(Request(NOW + 2000, ObjectId("large"), 60 * MIB, 60 * MIB))
+    assert simulation.outcome.evicted
+    assert simulation.outcome.proxied == 1

@@ -323,15 +323,17 @@ class Textbook:
     def used(self) -> int:
         return sum(footprint(len(there)) for there in self.there.values())
 
-    def make_room(self, needed: int, at: float) -> bool:
+    def make_room(self, asked: int, at: float) -> bool:
+        idle = [one for one in self.there if at - self.last[one] >= self.rules.min_idle]
+        least = self.used - sum(footprint(len(self.there[one])) for one in idle)
+        needed = asked if least + asked <= self.rules.limit else 0  # nothing goes for what will not fit
         if self.used + needed > self.rules.watermarks.high:
-            idle = [one for one in self.there if at - self.last[one] >= self.rules.min_idle]
             for one in idle:
                 if self.used + needed <= min(self.rules.watermarks.low, self.rules.limit):
                     break
                 del self.there[one]
                 self.outcome.evicted += 1
-        return self.used + needed <= self.rules.limit
+        return self.used + asked <= self.rules.limit
 
 
 SIZES = (3, 8, 37, 60)

@@ -256,14 +256,19 @@ class Simulation:
         mean = self._policy.basis.mean_view or self._used / max(1, len(self._policy))
         return self._admission.admits(object_id, question, at, taken=taken, mean=mean)
 
-    def _make_room(self, needed: int, now: float) -> bool:
-        """Evict down to the watermarks if `needed` more bytes would pass them. Whether these bytes fit now."""
-        rules = self._rules
+    def _make_room(self, asked: int, now: float) -> bool:
+        """Evict down to the watermarks if `asked` more bytes would pass them. Whether these bytes fit now.
+
+        As in the node, nothing is evicted for bytes for which there would be no room even then.
+        """
+        rules, missing = self._rules, self._used + asked - self._rules.limit
+        fits = missing <= 0 or self._policy.evictable(missing, now, min_idle=rules.min_idle) >= missing
+        needed = asked if fits else 0
         if self._used + needed > rules.watermarks.high:
             goal = min(rules.watermarks.low, rules.limit) - needed
             while self._used > goal and self._evict(self._used - goal, now):
                 pass
-        return self._used + needed <= rules.limit
+        return self._used + asked <= rules.limit
 
     def _evict(self, wanted: int, now: float) -> bool:
         """Evict a batch of about `wanted` bytes. False: no object may be evicted."""
