@@ -69,6 +69,10 @@ _UNBATCHED_BYTES = 64 * 1024
 _WRITEBACK_BYTES = 16 * 1024 * 1024
 """Written bytes that the disk is told to take, so that the sync at the end finds little left to do."""
 
+_WRITEBACK_AFTER = 64 * 1024 * 1024
+"""Bytes of a stream from which on the disk is told. So many are synced in a moment. While they arrive, a client may
+wait for them, and where it takes the same CPUs, it would wait for the disk too."""
+
 _MIN_WRITE = 64 * 1024
 """Mean bytes of a piece below which the pieces of a batch are joined. Joining copies, so larger ones are not."""
 
@@ -450,7 +454,7 @@ class PartialWriter:
         self.verified: bool | None = (
             None  # None: `on_complete` was not called, for nothing was missing at the start
         )
-        self._pending: list[bytes] = []
+        self._pending: list[bytes | memoryview] = []
         self._pending_bytes = 0
         self._small_rest = (
             0  # bytes of a small object, which make one batch: nothing is sent before all are there
@@ -490,7 +494,7 @@ class PartialWriter:
         if failure is not None:
             raise failure
 
-    async def put(self, data: bytes) -> None:
+    async def put(self, data: bytes | memoryview) -> None:
         """Hand over the next bytes. Waits while HIGH_WATER bytes are unwritten."""
         self._pending.append(data)
         self._pending_bytes += len(data)
@@ -505,7 +509,7 @@ class PartialWriter:
             self._writer.result()
 
     async def _write_batches(self, offset: int) -> None:
-        first, handed_over = True, offset
+        first, began_at, handed_over = True, offset, offset
         while await self._wait_for_batch():
             batch, self._pending = self._pending, []
             length, self._pending_bytes = self._pending_bytes, 0
@@ -520,8 +524,10 @@ class PartialWriter:
             if self.on_written is not None:
                 self.on_written(offset, offset + length)
             offset += length
-            if offset - handed_over >= _WRITEBACK_BYTES and (
-                self._writeback is None or self._writeback.done()
+            if (
+                offset - began_at > _WRITEBACK_AFTER
+                and offset - handed_over >= _WRITEBACK_BYTES
+                and (self._writeback is None or self._writeback.done())
             ):
                 # In a thread of its own: where the disk is slow it blocks, and clients wait for the bytes that follow.
                 work = self._disk.run(self._partial.start_writeback, handed_over, offset)
@@ -541,7 +547,7 @@ class PartialWriter:
         await wait_event(self._batch_ready, MAX_LATENCY)
         return True
 
-    def _write(self, offset: int, batch: list[bytes], length: int) -> None:
+    def _write(self, offset: int, batch: list[bytes | memoryview], length: int) -> None:
         """Blocking: call from a worker thread."""
         if length < len(batch) * _MIN_WRITE:
             batch = [b"".join(batch)]

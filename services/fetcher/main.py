@@ -43,7 +43,7 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
     volume = build_volume(settings)
     resources.callback(volume.close)
     state, queue, catalog = build_state_store(settings), build_job_queue(settings), build_catalog(settings)
-    client = build_source_client(settings, max_connections=max_connections(settings.fetch))
+    client = build_source_client(settings, max_connections=max_connections(settings.fetch), large_reads=True)
     stats_sync = build_source_stats_sync(settings)
     for opened in (catalog, state, queue, stats_sync, client):
         resources.push_async_callback(opened.close)

@@ -74,7 +74,7 @@ class Writer(Protocol):
     def writing(self, offset: int) -> AbstractAsyncContextManager[None]:
         """Within the block, `put` the bytes that follow `offset`."""
 
-    async def put(self, data: bytes) -> None:
+    async def put(self, data: bytes | memoryview) -> None:
         """Hand over the next bytes."""
 
 

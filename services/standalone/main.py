@@ -124,7 +124,7 @@ async def run_standalone(
     stats_sync = await resources.enter_async_context(build_source_stats_sync(settings))
     monitor = await resources.enter_async_context(build_source_monitor(settings, catalog, stats_sync))
     downloads = await resources.enter_async_context(
-        build_source_client(settings, max_connections=max_connections(settings.fetch))
+        build_source_client(settings, max_connections=max_connections(settings.fetch), large_reads=True)
     )
     proxying = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)

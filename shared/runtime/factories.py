@@ -167,8 +167,10 @@ def _build_shared_catalog_cache(settings: Settings) -> SharedCatalogCache | None
     return RedisSharedCatalogCache(url, store.prefix, store.operation_timeout, name)
 
 
-def build_source_client(settings: Settings, max_connections: int) -> SourceClient:
-    """Build one for each purpose: downloads, proxying."""
+def build_source_client(
+    settings: Settings, max_connections: int, *, large_reads: bool = False
+) -> SourceClient:
+    """Build one for each purpose: downloads, proxying. `large_reads`: see SourceLimits."""
     fetch = settings.fetch
     limits = SourceLimits(
         connect_timeout=fetch.connect_timeout,
@@ -178,6 +180,7 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
         max_connections=max_connections,
         follow_to_other_hosts=settings.catalog.kind != "origin" or settings.origin.follow_to_other_hosts,
         refuse_private=settings.catalog.refuses_private_sources,
+        large_reads=large_reads,
     )
     return SourceClient(limits, count_observation, count_bytes=count_source_bytes)
 

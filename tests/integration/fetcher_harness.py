@@ -26,7 +26,9 @@ from distributor_node.shared.ports.state_store import Term
 from distributor_node.shared.runtime.threads import BlockingPool
 from tests.waiting import eventually
 
-LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=1, stall_timeout=1, minimum_rate=1)
+LIMITS = SourceLimits(
+    connect_timeout=2, first_byte_timeout=1, stall_timeout=1, minimum_rate=1, large_reads=True
+)
 OBJECT_ID = ObjectId.parse("7")
 RETRIES = RetryPlan((5.0, 30.0))
 LIMIT = 64 * 1024 * 1024

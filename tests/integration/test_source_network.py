@@ -8,6 +8,7 @@ import ssl
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,9 @@ async def node() -> AsyncIterator[StorageNode]:
         yield node
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[SourceClient]:
-    async with SourceClient(LIMITS) as client:
+@pytest.fixture(params=[False, True], ids=["pieces", "views"])
+async def client(request: pytest.FixtureRequest) -> AsyncIterator[SourceClient]:
+    async with SourceClient(replace(LIMITS, large_reads=request.param)) as client:
         yield client
 
 
@@ -77,6 +78,22 @@ async def test_a_large_body_that_stalls(node: StorageNode, client: SourceClient)
     node.faults.add(Fault(hang_after=SIZE // 2))
     with pytest.raises(SourceTooSlow):
         await read(client, node.object_url("1"), SIZE)
+
+
+async def test_large_reads_use_memory_again_once_it_is_not_held(node: StorageNode) -> None:
+    async with SourceClient(replace(LIMITS, large_reads=True)) as client:
+        url, expected = node.object_url("1"), Expected(Version(size=SIZE))
+        kept: list[bytes | memoryview] = []
+        slabs: set[int] = set()
+        async with client.get(url, None, expected) as answer:
+            async for chunk in answer.chunks:
+                if isinstance(chunk, memoryview):
+                    slabs.add(id(chunk.obj))
+                    if len(kept) < 2:
+                        kept.append(chunk)
+                del chunk
+        assert 2 <= len(slabs) <= 4
+        assert b"".join(kept) in LARGE  # neither was written again
 
 
 async def test_a_reader_that_pauses_makes_the_source_wait(node: StorageNode, client: SourceClient) -> None:
@@ -161,7 +178,8 @@ def server_context(certificate: Path) -> ssl.SSLContext:
 async def test_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    async with SourceClient(LIMITS) as client, answering(reply, server_context(certificate)) as port:
+    limits = replace(LIMITS, large_reads=True)
+    async with SourceClient(limits) as client, answering(reply, server_context(certificate)) as port:
         assert await read(client, f"https://localhost:{port}/1", len(body)) == body
         with pytest.raises(SourceUnreachable):  # the certificate is another host's
             await read(client, f"https://127.0.0.1:{port}/1", len(body))
@@ -236,12 +254,15 @@ async def check_dialling(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str,
         await connect("several.example", 80)
 
 
-def test_on_the_loop_of_the_services(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large_reads", [False, True])
+def test_on_the_loop_of_the_services(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch, large_reads: bool
+) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE + LARGE
 
     async def main() -> None:
-        async with SourceClient(LIMITS) as client:
+        async with SourceClient(replace(LIMITS, large_reads=large_reads)) as client:
             for context, scheme in ((None, "http"), (server_context(certificate), "https")):
                 async with answering(reply, context) as port:
                     assert await read(client, f"{scheme}://localhost:{port}/1", SIZE) == LARGE

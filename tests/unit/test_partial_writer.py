@@ -106,12 +106,13 @@ async def test_what_has_arrived_of_a_small_object_is_written_when_no_more_comes(
 
 
 async def test_the_disk_takes_the_bytes_while_more_arrive(bench: Bench) -> None:
-    file = bench.open(64 * MIB)
+    file = bench.open(96 * MIB)
     writer = bench.writer(file)
     async with writer.writing(0):
-        for _ in range(64):
+        for _ in range(96):
             await writer.put(bytes(MIB))
     assert file.handed_over[0][0] == 0
+    assert file.handed_over[0][1] > 64 * MIB
     assert all(
         end == first for (_, end), (first, _) in zip(file.handed_over, file.handed_over[1:], strict=False)
     )
@@ -119,14 +120,23 @@ async def test_the_disk_takes_the_bytes_while_more_arrive(bench: Bench) -> None:
     file.close()
 
 
-async def test_a_slow_disk_delays_no_byte_and_no_file_is_closed_under_it(bench: Bench) -> None:
+async def test_the_disk_is_told_nothing_of_what_is_synced_in_a_moment(bench: Bench) -> None:
     file = bench.open(64 * MIB)
+    async with (writer := bench.writer(file)).writing(0):
+        for _ in range(64):
+            await writer.put(bytes(MIB))
+    assert not file.handed_over
+    file.close()
+
+
+async def test_a_slow_disk_delays_no_byte_and_no_file_is_closed_under_it(bench: Bench) -> None:
+    file = bench.open(96 * MIB)
     file.slow_disk.clear()
     writer = bench.writer(file)
 
     async def fill() -> None:
         async with writer.writing(0):
-            for _ in range(64):
+            for _ in range(96):
                 await writer.put(bytes(MIB))
 
     filling = asyncio.create_task(fill())

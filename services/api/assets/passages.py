@@ -519,7 +519,7 @@ class Passages:
                 self._reader.stream(media_object, key.first, key.end - 1, sources, on_source)
             ) as chunks:
                 async for chunk in chunks:
-                    await stream.put(chunk.data)
+                    await stream.put(bytes(chunk.data))
         except AllSourcesFailed as error:
             stream.fail(error)
         finally:

@@ -387,9 +387,10 @@ class Proxy:
                 )
             ) as chunks:
                 async for chunk in chunks if caught_up is None else _take_until(chunks, caught_up):
+                    data = bytes(chunk.data)  # not a view here: no copy
                     await proxied.response.take_turn(len(chunk.data))
                     proxied.contributors.add(chunk.source)
-                    await proxied.emit(buffer.feed(chunk.data) if buffer else (chunk.data,))
+                    await proxied.emit(buffer.feed(data) if buffer else (data,))
         except AllSourcesFailed as error:
             raise _failure(error, proxied) from error
         if buffer is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -198,7 +198,7 @@ class SourceResponse:
     total: int | None  # size of the whole object; None: unknown
     media_type: str | None  # as the source states it
     validators: Validators  # as the source states them
-    chunks: AsyncIterator[bytes]  # exactly these bytes, once; raises SourceError
+    chunks: AsyncIterator[bytes | memoryview]  # exactly these bytes, once; raises SourceError
     headers: Mapping[str, str]  # all of them, with case-insensitive names
     delay: float  # seconds from the request to its head
     encoding: str | None = None  # the bytes are in this content coding, which was accepted
@@ -305,7 +305,14 @@ class SourceClient:
             async with self._request(url, byte_range, expected.version, attempt, more) as response:
                 plan = validate_response(response.status_code, response.headers, byte_range, expected)
                 count = partial(self._count_bytes, source)
-                attempt.body = CheckedBody(response, plan, attempt.minimum_rate, self._clock, count)
+                attempt.body = CheckedBody(
+                    response,
+                    plan,
+                    attempt.minimum_rate,
+                    self._clock,
+                    count,
+                    large_reads=self._limits.large_reads,
+                )
                 async with aclosing(attempt.body.chunks()) as chunks:
                     yield SourceResponse(
                         plan.status,
@@ -404,10 +411,12 @@ class CheckedBody:
         minimum_rate: MinimumRate,
         clock: Callable[[], float],
         count: Callable[[int], None],
+        *,
+        large_reads: bool = False,
     ) -> None:
         """`clock`: in seconds. `minimum_rate`: is sent only the time spent waiting for the source. `count`: is told how
         many bytes have arrived."""
-        self._raw = _raw_chunks(response)
+        self._raw = _raw_chunks(response, large_reads=large_reads)
         self._plan = plan
         self._minimum_rate = minimum_rate
         self._clock = clock
@@ -416,7 +425,7 @@ class CheckedBody:
         self._waited_since_pause = inf  # seconds
         self.received = 0
 
-    async def chunks(self) -> AsyncGenerator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes | memoryview]:
         """Yield exactly the planned bytes.
 
         Raises SourceUnreachable for too few bytes (SourceClosed where the reader had paused), SourceWrong for too many,
@@ -428,7 +437,7 @@ class CheckedBody:
         finally:
             await self._raw.aclose()
 
-    async def _planned(self) -> AsyncGenerator[bytes]:
+    async def _planned(self) -> AsyncGenerator[bytes | memoryview]:
         skip, length = self._plan.skip, self._plan.length
         sent = 0
         if length == 0 and self._plan.to_the_end:
@@ -463,7 +472,7 @@ class CheckedBody:
         if surplus is not None:
             raise SourceWrong(f"body has more than the announced {length} bytes")
 
-    async def _next(self, timeout: float) -> bytes | None:
+    async def _next(self, timeout: float) -> bytes | memoryview | None:
         """Return the next bytes that arrive; None at the end of the body."""
         if timeout <= 0:
             raise SourceTooSlow(f"below the minimum rate, after {self.received} bytes")
@@ -480,7 +489,7 @@ class CheckedBody:
             self._returned_at = self._clock()
             self._waited_since_pause += self._returned_at - started
 
-    async def _receive(self, timeout: float, started: float) -> bytes | None:
+    async def _receive(self, timeout: float, started: float) -> bytes | memoryview | None:
         try:
             with map_http_errors():
                 async with asyncio.timeout(timeout):
@@ -502,12 +511,13 @@ class CheckedBody:
             self._counted = self.received
 
 
-async def _raw_chunks(response: httpx.Response) -> AsyncGenerator[bytes]:
+async def _raw_chunks(response: httpx.Response, *, large_reads: bool) -> AsyncGenerator[bytes | memoryview]:
     """Yield the body as it was sent, without httpx's layers that decode and count."""
     stream = response.extensions.get("network_stream")
     length = _stated_length(response)
     if isinstance(stream, SourceStream) and stream.at_body and length > _MIN_RAW_BODY:
-        async for chunk in _read_raw_stream(stream, length):
+        receive = stream.receive_large if large_reads else stream.receive
+        async for chunk in _read_raw_stream(receive, length):
             yield chunk
         return
     body = response.stream
@@ -524,14 +534,16 @@ def _stated_length(response: httpx.Response) -> int:
     return int(stated) if stated.isascii() and stated.isdigit() and not framed else 0
 
 
-async def _read_raw_stream(stream: SourceStream, length: int) -> AsyncGenerator[bytes]:
+async def _read_raw_stream(
+    receive: Callable[[], Awaitable[bytes | memoryview]], length: int
+) -> AsyncGenerator[bytes | memoryview]:
     """Read the body directly from the connection, which saves three copies of each byte.
 
     httpcore does not notice that the body has been read, so it closes the connection.
     """
     left = length
     while left:
-        chunk = (await stream.receive())[:left]
+        chunk = (await receive())[:left]
         if not chunk:
             raise SourceUnreachable(f"body ended after {length - left} of {length} bytes")
         left -= len(chunk)

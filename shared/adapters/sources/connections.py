@@ -49,6 +49,7 @@ class SourceLimits:
     minimum_rate: int = 8 * 1024  # bytes a second; a source below it is too slow
     max_connections: int = 200
     follow_to_other_hosts: bool = True  # whether a redirect may lead to another host than the one asked
+    large_reads: bool = False  # large bodies come as views of up to 1 MiB, each to be dropped soon
     refuse_private: bool = False  # a source at an address that is not public counts as unreachable
 
     @property

@@ -57,7 +57,7 @@ class Chunk:
 
     source: str  # URL of the source that sent them
     offset: int  # their position in the object
-    data: bytes
+    data: bytes | memoryview  # a view only with SourceLimits.large_reads
 
 
 @dataclass(frozen=True, slots=True)

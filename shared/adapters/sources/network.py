@@ -14,7 +14,7 @@ import ssl
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.lowlevel
 import httpcore
@@ -22,8 +22,11 @@ import httpx
 import structlog
 from aiohappyeyeballs import AddrInfoType, start_connection
 
-# Bytes received but not yet read at which reading from the socket pauses. It is what the event loop reads at once.
-_MAX_BUFFERED = 256 * 1024
+# What one read of the socket returns at most, and the bytes received but not yet taken at which reading pauses.
+_READ_BYTES = 256 * 1024
+# The same in a large body. It lies in slabs of this size, each filled by several reads.
+_SLAB_BYTES = 1024 * 1024
+_MIN_SLAB_READ = 128 * 1024  # free bytes below which the next slab is begun
 _CONNECTION_ATTEMPT_DELAY = (
     0.25  # seconds before the next address is tried beside a silent one (RFC 8305 section 5)
 )
@@ -35,6 +38,8 @@ _MAX_INTERIM_RESPONSES = 8
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_HEAD_LINES = 256
 logger = structlog.get_logger()
+
+Received = TypeVar("Received", bytes, bytes | memoryview)
 
 _STATUS_BYTES = len(b"HTTP/1.1 200")
 # Segments that arrive one after the other, each with its own wake-up. Beyond the free ones, and while the average is
@@ -195,8 +200,15 @@ class SourceStream(httpcore.AsyncNetworkStream):
             self._protocol.unread(data)
 
     async def receive(self) -> bytes:
-        """Return all bytes that are buffered, and wait for some if there are none; empty at the end of the stream."""
+        """Return bytes that are buffered, and wait for some if there are none; empty at the end of the stream."""
         return await self._protocol.read_chunk()
+
+    async def receive_large(self) -> bytes | memoryview:
+        """As `receive`, up to 1 MiB. Nothing else can be read from the connection after that.
+
+        A view is of memory that is written again once no view of it is left.
+        """
+        return await self._protocol.read_large()
 
     def _head_length(self, data: bytes) -> int:
         """Return how many bytes of `data` belong to the awaited head: all of them, if no head is awaited."""
@@ -292,13 +304,60 @@ class _HeadBounds:
         return True
 
 
-class _SourceProtocol(asyncio.Protocol):
+_scratch = memoryview(bytearray(_READ_BYTES))
+"""What was read last. The event loop's thread copies from it before it reads from another connection."""
+
+
+class _Slabs:
+    """Memory that a large body is received into, without a copy. A slab is used again once all views of it are gone."""
+
+    def __init__(self) -> None:
+        self._slabs: list[bytearray] = []
+        self._full: deque[memoryview] = deque()
+        self._view = memoryview(b"")  # of the slab that is being filled
+        self._first = self._end = 0  # of the bytes in it that were not taken
+
+    def free(self) -> memoryview:
+        """Return where the next bytes go."""
+        if not self._view:
+            self._view, self._first, self._end = memoryview(self._unused()), 0, 0
+        return self._view[self._end :]
+
+    def fill(self, count: int) -> None:
+        """Note that so many bytes have been received there."""
+        self._end += count
+        if len(self._view) - self._end < _MIN_SLAB_READ:
+            self._full.append(self._view[self._first : self._end])
+            self._view = memoryview(b"")
+            self._first = self._end = 0
+
+    def take(self) -> memoryview:
+        """Return the oldest bytes, as many as lie together."""
+        if self._full:
+            return self._full.popleft()
+        first, self._first = self._first, self._end
+        return self._view[first : self._end]
+
+    def _unused(self) -> bytearray:
+        for slab in self._slabs:
+            try:
+                slab.append(slab.pop())  # an array of which there are views cannot change its size
+            except BufferError:
+                continue
+            return slab
+        self._slabs.append(bytearray(_SLAB_BYTES))
+        return self._slabs[-1]
+
+
+class _SourceProtocol(asyncio.BufferedProtocol):
     """Buffers what has been received and not yet read. One reader at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._buffer: deque[bytes] = deque()
+        self._slabs: _Slabs | None = None  # of a large body; what they hold follows what `_buffer` holds
         self._buffered_bytes = 0
+        self._max_buffered = _READ_BYTES
         self._full = False
         self._collecting: asyncio.TimerHandle | None = None  # while the kernel collects small segments
         self._reads = 0  # since the last request was sent
@@ -313,13 +372,19 @@ class _SourceProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # uvloop's class is not a subclass
 
-    def data_received(self, data: bytes) -> None:
-        self._buffer.append(data)
-        self._buffered_bytes += len(data)
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _scratch if self._slabs is None else self._slabs.free()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._slabs is None:
+            self._buffer.append(bytes(_scratch[:nbytes]))
+        else:
+            self._slabs.fill(nbytes)
+        self._buffered_bytes += nbytes
         self._reads += 1
-        self._read_bytes += len(data)
+        self._read_bytes += nbytes
         if self._transport is not None and not self._paused:
-            if self._buffered_bytes >= _MAX_BUFFERED:
+            if self._buffered_bytes >= self._max_buffered:
                 self._full = True
                 self._transport.pause_reading()
             elif self._reads > _FREE_READS + self._read_bytes // _BYTES_PER_READ:
@@ -361,23 +426,37 @@ class _SourceProtocol(asyncio.Protocol):
 
     @property
     def is_readable(self) -> bool:
-        return bool(self._ended or self._buffer or self._transport is None or self._transport.is_closing())
+        return bool(
+            self._ended or self._buffered_bytes or self._transport is None or self._transport.is_closing()
+        )
 
     async def read_chunk(self) -> bytes:
         """Return what the event loop got by one read; empty at the end. Raises httpcore's ReadError if broken."""
-        while not self._buffer:
+        await self._wait_for_bytes()
+        return self._note_taken(self._buffer.popleft()) if self._buffer else b""
+
+    async def read_large(self) -> bytes | memoryview:
+        """Return what was received before the first call by itself, then what lies together in a slab."""
+        if self._slabs is None:
+            self._slabs, self._max_buffered = _Slabs(), _SLAB_BYTES
+        await self._wait_for_bytes()
+        return self._note_taken(self._buffer.popleft() if self._buffer else self._slabs.take())
+
+    async def _wait_for_bytes(self) -> None:
+        while not self._buffered_bytes:
             if self._ended:
                 if self._error is not None:
                     raise httpcore.ReadError(str(self._error)) from self._error
-                return b""
+                return
             self._data_waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._data_waiter
             finally:
                 self._data_waiter = None
-        data = self._buffer.popleft()
+
+    def _note_taken(self, data: Received) -> Received:
         self._buffered_bytes -= len(data)
-        if self._full and self._buffered_bytes < _MAX_BUFFERED:
+        if self._full and self._buffered_bytes < self._max_buffered:
             self._full = False
             self._resume_reading()
         return data
