@@ -10,18 +10,6 @@ fail() {
     exit 1
 }
 
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
-    done
-    fail "Python 3.11 or newer is needed, and none was found (looked for python3, python3.13, python3.12, python3.11)." \
-        "On Debian 12 or newer: apt-get install python3 python3-venv. Or name one: make PYTHON=/path/to/python3.12 ..."
-}
-
 install_venv_package() {
     local as_root=()
     if [ "$(id -u)" != 0 ]; then
@@ -35,7 +23,7 @@ install_venv_package() {
         apt-get install -qq --yes --no-install-recommends python3-venv ca-certificates >/dev/null
 }
 
-python=$(find_python)
+python=$("$(dirname "$0")/find-python.sh")
 if ! "$environment/bin/python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     rm -rf "$environment"
     if ! "$python" -c 'import ensurepip' 2>/dev/null; then
