@@ -166,6 +166,10 @@ soak: setup servers ## traffic with random kills and cuts, 10 minutes (ARGS="--m
 bench: setup servers ## measure hits, misses and fetches beside nginx
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: bench-compiled
+bench-compiled: compile servers ## the same with the fast path compiled, as in the image
+	@cd $(COMPILED) && PYTHONPATH=$(CURDIR)/$(COMPILED) $(abspath $(BIN))/python -m benchmarks --results $(CURDIR)/benchmarks/results $(ARGS)
+
 .PHONY: bench-compare
 bench-compare: setup ## measure hits of this tree beside those of BASE (a commit, or a folder with the package), interleaved
 	@$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
