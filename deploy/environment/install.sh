@@ -23,7 +23,7 @@ install_venv_package() {
         apt-get install -qq --yes --no-install-recommends python3-venv ca-certificates >/dev/null
 }
 
-python=$("$(dirname "$0")/find-python.sh")
+python=$("$BASH" "${0%/*}/find-python.sh")
 if ! "$environment/bin/python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     rm -rf "$environment"
     if ! "$python" -c 'import ensurepip' 2>/dev/null; then

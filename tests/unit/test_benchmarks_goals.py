@@ -63,11 +63,11 @@ def test_goals_stand_in_the_report_in_both_forms() -> None:
     case = next(each.case for each in HIT_CASES if each.name == "hit-64k")
     report.add(case, rounds("hit-64k", "ours", RATE, 3) + rounds("hit-64k", "nginx proxy_cache", RATE, 4))
     assert (
-        "| random 64 KiB hits | requests/s | ≥ 1 × nginx proxy_cache | 0.75 | **missed by 25%** |"
+        "| random 64 KiB hits | requests/s | ≥ 0.9 × nginx proxy_cache | 0.75 | **missed by 17%** |"
         in report.to_markdown()
     )
     (goal,) = json.loads(report.to_json())["goals"]
-    assert (goal["case"], goal["bound"], goal["seen"], goal["met"]) == ("hit-64k", 1.0, 0.75, False)
+    assert (goal["case"], goal["bound"], goal["seen"], goal["met"]) == ("hit-64k", 0.9, 0.75, False)
 
 
 @pytest.mark.parametrize("failing", ["errors", "an exception"])
