@@ -171,7 +171,7 @@ bench-compiled: compile servers ## the same with the fast path compiled, as in t
 	@cd $(COMPILED) && PYTHONPATH=$(CURDIR)/$(COMPILED) $(abspath $(BIN))/python -m benchmarks --results $(CURDIR)/benchmarks/results $(ARGS)
 
 .PHONY: bench-compare
-bench-compare: setup ## measure hits of this tree beside those of BASE (a commit, or a folder with the package), interleaved
+bench-compare: setup servers ## measure this tree beside BASE (a commit, or a folder with the package), interleaved
 	@$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
 
 .PHONY: bench-scale

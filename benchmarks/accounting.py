@@ -75,6 +75,13 @@ def cost_of(roots: Iterable[int]) -> Cost:
     return Cost(sum(each.cpu_seconds for each in members), sum(each.rss_bytes for each in members))
 
 
+def cpu_ms_of(pid: int) -> float:
+    """CPU time of the threads that one process has now, to the microsecond (Linux: scheduler/sched-stats). `cost_of`
+    counts ticks of 10 ms."""
+    threads = (PROC / str(pid) / "task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e6
+
+
 def peak_rss_of(roots: Iterable[int]) -> int:
     """The most bytes that each of these and their living descendants ever had resident (VmHWM), added up."""
     return sum(_peak_rss(each.pid) for each in process_trees(roots))

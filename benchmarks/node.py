@@ -21,7 +21,7 @@ from tests.servers.redis_server import free_port
 
 _READY_SECONDS = 60.0
 _PURGE_SECONDS = 60.0
-_KEY_PREFIX = "distributor:"
+_KEY_PREFIX = "DISTRIBUTOR_STATE_STORE__PREFIX"
 
 
 class Node:
@@ -41,6 +41,7 @@ class Node:
             "DISTRIBUTOR_PUBLIC_API__HOST": "127.0.0.1",
             "DISTRIBUTOR_METRICS__HOST": "127.0.0.1",
             "DISTRIBUTOR_EVICTOR__SCRUB_RATE": "0",
+            _KEY_PREFIX: "distributor:",
             **settings,
         }
 
@@ -60,13 +61,13 @@ class Node:
         rabbitmq = self._resources.enter_context(RabbitServer(place))
         self._environment["DISTRIBUTOR_JOB_QUEUE__URL"] = rabbitmq.url
 
-    def beside(self, folder: Path, **settings: str) -> Node:
-        """Another node in a folder of its own, on the same servers."""
+    def beside(self, folder: Path, name: str = "beside", **settings: str) -> Node:
+        """Another node in a folder of its own, on the same servers. `name`: of its keys and queues."""
         settings = {
             **self._environment,
             "DISTRIBUTOR_STORAGE__PATH": str(folder / "volume"),
-            "DISTRIBUTOR_STATE_STORE__PREFIX": "beside:",
-            "DISTRIBUTOR_JOB_QUEUE__PREFIX": "beside.",
+            _KEY_PREFIX: f"{name}:",
+            "DISTRIBUTOR_JOB_QUEUE__PREFIX": f"{name}.",
             **settings,
         }
         return Node(folder, Path(self._environment["DISTRIBUTOR_CATALOG__MANIFEST"]), **settings)
@@ -101,7 +102,7 @@ class Node:
             time.sleep(0.01)
 
     async def _want_purges(self, object_ids: Sequence[ObjectId]) -> None:
-        state = RedisStateStore(self.redis_url, _KEY_PREFIX, 1, StateTimeouts())
+        state = RedisStateStore(self.redis_url, self._environment[_KEY_PREFIX], 1, StateTimeouts())
         await state.open()
         try:
             await state.request_purges(object_ids)

@@ -21,7 +21,7 @@ from benchmarks.peers import Peer
 
 CURL, CURL_SYNCED = "curl -o", "curl -o, then sync"
 ONE_FETCHER, THREE_FETCHERS, THREE_CURLS = "ours, 1 fetcher", "ours, 3 fetchers", "3 × curl -o, then sync"
-_FIRST_BYTE = "Range: bytes=0-0\r\n"
+FIRST_BYTE = "Range: bytes=0-0\r\n"
 _STORED_SECONDS = 120.0
 
 FETCH_CASES = {
@@ -95,7 +95,7 @@ class FetchBench:
 
     def _fetch(self, object_id: str) -> None:
         """Requests for the whole time would take CPU time from the fetch: ask once the file is in its place."""
-        fetch_once(self._api.url + object_id, _FIRST_BYTE)
+        fetch_once(self._api.url + object_id, FIRST_BYTE)
         stored, deadline = file_on_volume(self._node.volume, object_id), time.monotonic() + _STORED_SECONDS
         while not stored.exists() and time.monotonic() < deadline:
             time.sleep(0.002)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -11,9 +13,10 @@ import pytest
 
 from benchmarks import history
 from benchmarks.__main__ import options_of, parse
+from benchmarks.accounting import cpu_ms_of
 from benchmarks.cases import HIT_CASES, RANGE_BYTES, RequestKind, requests_for
 from benchmarks.chart import bar_chart
-from benchmarks.compare import check_out
+from benchmarks.compare import check_out, row
 from benchmarks.dataset import Group, fill_volume, groups, hash_of, record_of
 from benchmarks.figures import Case, Measurement, medians, percentile, ratio, rotated
 from benchmarks.machine import interpreter_speed, mitigations, python_build
@@ -91,6 +94,23 @@ def test_ranges_lie_within_the_object() -> None:
         first, _, last = spec.header[1].removeprefix("bytes=").partition("-")
         assert int(last) - int(first) + 1 == RANGE_BYTES
         assert int(last) < group.size
+
+
+def test_cpu_time_of_a_process_is_counted_in_less_than_a_tick() -> None:
+    before, deadline = cpu_ms_of(os.getpid()), time.process_time() + 0.002
+    while time.process_time() < deadline:
+        pass
+    assert cpu_ms_of(os.getpid()) - before > 0
+
+
+def test_misses_are_compared_in_each_round() -> None:
+    misses = [
+        Measurement("miss-64m", name, number, {"total_ms": total, "api_cpu_ms": 10.0})
+        for number, totals in enumerate([(80, 100), (90, 100), (70, 100)])
+        for name, total in zip(("this", "base"), totals, strict=True)
+    ]
+    said = row("miss-64m", misses, {"total_ms": "total", "api_cpu_ms": "CPU of the API"})
+    assert said == "miss-64m: total 0.80 (0.70 to 0.90) CPU of the API 1.00 (1.00 to 1.00)"
 
 
 def test_cases_are_chosen_by_name() -> None:
