@@ -69,6 +69,10 @@ class Turns:
         self._short: _Queue = deque()
         self._long: _Queue = deque()
         self._queues = (self._short, self._long)  # in the order of the current turn
+        self._reserved = 0  # units of the next turn, for a call that waits outside of the queues
+        self._admitted = (
+            False  # a call from the queues was given room of this turn, and goes on in the next one
+        )
         self._refilling = False
         self._began = 0.0  # the current turn, if turns last for some seconds
 
@@ -78,9 +82,16 @@ class Turns:
         `long`: this is one of many calls for the same purpose. Such calls have a queue of their own. Where others wait
         too, both queues come first in every second turn.
         """
-        if not self._short and not self._long and (cost <= self._left or self._has_lasted()):
-            self._spend(cost)
-            return
+        if not self._short and not self._long and not self._reserved:
+            if cost <= self._left or self._has_lasted():
+                self._spend(cost)
+                return
+            if long and not self._seconds and not self._admitted:
+                # Alone, it is the first one of the next turn. A future would resume it one turn of the loop later, in
+                # which it would find room for a second piece.
+                self._reserved = cost
+                await asyncio.sleep(0)
+                return
         admitted = asyncio.get_running_loop().create_future()
         (self._long if long else self._short).append((admitted, cost))
         await admitted
@@ -117,6 +128,10 @@ class Turns:
             return
         self._refilling = False
         self._left = self._room
+        self._admitted = False
+        if self._reserved:
+            self._spend(self._reserved)
+            self._reserved = 0
         self._queues = self._queues[::-1]
         for waiting in self._queues:
             while waiting:
@@ -125,6 +140,7 @@ class Turns:
                     if cost > self._left:
                         break
                     self._spend(cost)
+                    self._admitted = True
                     admitted.set_result(None)
                 waiting.popleft()
 
@@ -153,12 +169,12 @@ class TurnBudget:
             WeakValueDictionary()
         )  # those that wait, or began just now
 
-    async def take(self, size: int) -> None:
+    def take(self, size: int) -> Coroutine[Any, Any, None]:
         """Wait until a turn has room for `size` bytes, in the order of the calls.
 
         A piece larger than a turn has one for itself.
         """
-        await self._work.take(min(max(size, _LEAST_COST), self._turn_bytes), long=True)
+        return self._work.take(min(max(size, _LEAST_COST), self._turn_bytes), long=True)
 
     async def take_whole(self) -> None:
         """Wait for a turn in which no other work begins: a request takes as long as a large piece, or longer.

@@ -21,7 +21,6 @@ from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import VAIN_WAITS, WORKER_SLOTS, WORKERS_ALIVE
 from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic, WorkerReport
-from distributor_node.shared.waiting import wait_event
 
 POLL_INTERVAL = 0.5
 """Seconds between two looks at the heartbeats."""
@@ -210,17 +209,21 @@ class FetchEvents:
         self._volume = volume
         self._watch: ChangeWatch | None = None
         self._replacements = -1  # of the volume, when its watch began; -1: it has not
-        self._waiting: dict[ObjectId, set[asyncio.Event]] = {}
+        self._waiting: dict[ObjectId, set[asyncio.Future[bool]]] = {}
 
     async def wait(self, object_id: ObjectId, timeout: float) -> bool:
         """Wait for a change of this object's fetch. Returns False after `timeout` seconds without one."""
         if self._volume is not None and -1 < self._replacements != self._volume.replacements:
             self._start_watch()
-        changed = asyncio.Event()
+        # One future and one timer: a response waits like this for each megabyte of its object.
+        loop = asyncio.get_running_loop()
+        changed: asyncio.Future[bool] = loop.create_future()
+        timer = loop.call_later(timeout, _end_wait, changed, False)
         self._waiting.setdefault(object_id, set()).add(changed)
         try:
-            return await wait_event(changed, timeout)
+            return await changed
         finally:
+            timer.cancel()
             others = self._waiting[object_id]
             others.discard(changed)
             if not others:
@@ -284,8 +287,13 @@ class FetchEvents:
 
     def _wake_object(self, object_id: ObjectId) -> None:
         for changed in self._waiting.get(object_id, ()):
-            changed.set()
+            _end_wait(changed, True)
 
     def _wake_all(self) -> None:
         for object_id in self._waiting:
             self._wake_object(object_id)
+
+
+def _end_wait(changed: asyncio.Future[bool], came: bool) -> None:
+    if not changed.done():
+        changed.set_result(came)

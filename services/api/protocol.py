@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import re
 import struct
 import termios
@@ -111,6 +112,16 @@ class ApiHttp(Http):
             self.keep_alive = False
             raise BadRequest("")
 
+    def raw_body(self) -> RawBody | None:
+        """The rest of the body that has begun, if it consists of its own bytes and their number was announced."""
+        transport = self.protocol.transport
+        if transport is None or transport.is_closing() or self.request.version != "1.1":
+            return None
+        connection = transport.get_extra_info("socket")
+        if connection is None or self.response_func != self.http1_response_normal:
+            return None
+        return RawBody(self, transport, connection.fileno())
+
     def respond(self, response: BaseHTTPResponse) -> BaseHTTPResponse:
         response = super().respond(response)
         if getattr(self.protocol, "draining", False):
@@ -179,6 +190,53 @@ class ApiHttp(Http):
             source=headers.get("X-Data-Source"),
             sent=sent,
         )
+
+
+class RawBody:
+    """The rest of a body whose bytes may go from a file to the socket itself, past the transport and Sanic.
+
+    The last byte may not: Sanic ends the response with it.
+    """
+
+    __slots__ = ("_http", "_socket", "_transport")
+
+    def __init__(self, http: ApiHttp, transport: asyncio.Transport, descriptor: int) -> None:
+        """`descriptor`: of the transport's socket."""
+        self._http, self._transport, self._socket = http, transport, descriptor
+        transport.set_write_buffer_limits(high=0)  # it tells when it is empty
+
+    def admits(self, size: int) -> bool:
+        """Whether the next `size` bytes may be sent by `send_file`. Not if the connection has ended."""
+        return size < self._http.response_bytes_left and not self._transport.is_closing()
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the transport holds earlier bytes, which come first."""
+        return self._transport.get_write_buffer_size() > 0
+
+    async def wait_until_empty(self) -> None:
+        """Wait until the transport holds nothing, or the connection has ended."""
+        await self._http.protocol._can_write.wait()
+
+    def end(self) -> None:
+        """Let the transport hold as much as before."""
+        if not self._transport.is_closing():
+            self._transport.set_write_buffer_limits(low=_LOW_WATER, high=_HIGH_WATER)
+
+    def send_file(self, descriptor: int, offset: int, length: int) -> int:
+        """Send bytes of a file that `admits` allows. Returns how many the socket takes now, perhaps none.
+
+        An error is not raised: it is met again by the call that sends these bytes another way.
+        """
+        # Asked again: the descriptor of a connection that has ended may be that of another one.
+        if self._transport.is_closing() or self._transport.get_write_buffer_size():
+            return 0
+        try:
+            sent = os.sendfile(self._socket, descriptor, offset, length)
+        except OSError:
+            return 0
+        self._http.response_bytes_left -= sent
+        return sent
 
 
 def came_to_peer_port(request: Request) -> bool:

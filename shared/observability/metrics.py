@@ -12,6 +12,7 @@ import platform
 import time
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import cache
 from heapq import nlargest
 from itertools import islice
 from math import inf
@@ -121,6 +122,14 @@ SENT_BYTES = Counter(
     "Bytes of objects sent to clients, by source: local, external.",
     ["source"],
 )
+
+
+@cache
+def sent_bytes(source: str) -> Counter:
+    """SENT_BYTES of one source, looked up once: it is counted for each piece of a body."""
+    return SENT_BYTES.labels(source=source)
+
+
 TIME_TO_FIRST_BYTE = Histogram(
     "distributor_time_to_first_byte_seconds",
     "From the head of a GET to the first byte of its body, by cache result.",

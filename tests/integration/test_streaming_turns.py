@@ -16,8 +16,10 @@ import pytest
 
 from distributor_node.services.api.assets.handler import AssetHandler
 from distributor_node.services.api.assets.response import CHUNK_BYTES, UNSENT_LIMIT, ResponseWriter
+from distributor_node.services.api.protocol import RawBody
 from distributor_node.shared.waiting import REQUEST_SPACING, TURN_BYTES, TurnBudget
 from distributor_node.shared.waiting import Turns as WaitingTurns
+from tests.counters import counted
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
 
@@ -33,6 +35,10 @@ class Turns:
 
     def count(self, size: int) -> None:
         self._handled[self._number] += size
+
+    @property
+    def number(self) -> int:
+        return self._number
 
     @property
     def most(self) -> int:
@@ -57,16 +63,43 @@ class Turns:
         ending = True
 
 
+def sent_bytes() -> float:
+    return sum(counted("distributor_sent_bytes_total", source=source) for source in ("local", "external"))
+
+
+async def read_nothing(harness: AssetsHarness, turns: Turns) -> int:
+    """Ask for an object and read none of it. Returns the bytes that were sent after the first piece."""
+    loop = asyncio.get_running_loop()
+    before = sent_bytes()
+    with socket.socket() as client, turns.numbered():
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
+        client.setblocking(False)
+        await loop.sock_connect(client, ("127.0.0.1", harness.port))
+        await loop.sock_sendall(client, b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: node\r\n\r\n")
+        await eventually(lambda: sent_bytes() > before)
+        sent = -1
+        while sent != turns.total:
+            sent = turns.total
+            await asyncio.sleep(1.0)
+    return sent
+
+
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
     """Counts the bytes that responses send after their first piece."""
-    counted, send = Turns(), ResponseWriter.send
+    counted, send, send_file = Turns(), ResponseWriter.send, RawBody.send_file
 
     async def counting(writer: ResponseWriter, chunk: Any, source: Any) -> None:
         counted.count(len(chunk))
         await send(writer, chunk, source)
 
+    def counting_file(raw: RawBody, descriptor: int, offset: int, length: int) -> int:
+        sent = send_file(raw, descriptor, offset, length)
+        counted.count(sent)
+        return sent
+
     monkeypatch.setattr(ResponseWriter, "send", counting)
+    monkeypatch.setattr(RawBody, "send_file", counting_file)
     return counted
 
 
@@ -104,19 +137,20 @@ async def test_responses_from_a_complete_file_share_a_turn(tmp_path: Path, turns
 async def test_little_is_got_for_a_client_that_reads_nothing(tmp_path: Path, turns: Turns) -> None:
     async with assets_harness(tmp_path, first_byte_wait=0.05) as harness:
         harness.add("1", 16 * MIB)
-        loop = asyncio.get_running_loop()
-        with socket.socket() as client, turns.numbered():
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
-            client.setblocking(False)
-            await loop.sock_connect(client, ("127.0.0.1", harness.port))
-            await loop.sock_sendall(client, b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: node\r\n\r\n")
-            await eventually(lambda: turns.total > 0)
-            sent = 0
-            while sent != turns.total:
-                sent = turns.total
-                await asyncio.sleep(1.0)
+        sent = await read_nothing(harness, turns)
     # The transport takes a piece while it holds less than 64 KiB, and the kernel one beyond its limit.
     assert sent <= UNSENT_LIMIT + 3 * CHUNK_BYTES
+
+
+async def test_little_of_a_growing_file_is_sent_to_a_client_that_reads_nothing(
+    tmp_path: Path, turns: Turns
+) -> None:
+    async with assets_harness(tmp_path) as harness:
+        harness.add("1", 16 * MIB)
+        fetch = await harness.begin("1", written=SIZE)
+        sent = await read_nothing(harness, turns)
+        await fetch.complete()
+    assert sent <= UNSENT_LIMIT + 2 * CHUNK_BYTES
 
 
 async def test_the_framework_begins_one_request_in_each_turn(
@@ -190,6 +224,38 @@ async def test_a_stream_alone_waits_for_no_turn() -> None:
         await budget.take(TURN_BYTES // 2)
         taken.count(1)
     assert taken.most == 2
+
+
+async def test_a_stream_alone_has_a_piece_in_every_turn_of_the_loop() -> None:
+    budget, taken = TurnBudget(), Turns()
+    with taken.numbered():
+        for _ in range(20):
+            await budget.take(TURN_BYTES)
+            taken.count(TURN_BYTES)
+    assert taken.number <= 21
+    assert taken.most == TURN_BYTES
+
+
+async def test_a_stream_that_waits_alone_gives_way_to_those_that_wait_after_it() -> None:
+    budget, taken, order = TurnBudget(), Turns(), list[str]()
+
+    async def stream(name: str) -> None:
+        for _ in range(3):
+            await budget.take(TURN_BYTES)
+            taken.count(TURN_BYTES)
+            order.append(name)
+
+    async def request() -> None:
+        await budget.take_whole()
+        order.append("request")
+
+    with taken.numbered():
+        first = asyncio.create_task(stream("a"))
+        for _ in range(2):  # it has had a piece, and waits
+            await asyncio.sleep(0)
+        await asyncio.gather(first, stream("b"), request())
+    assert max(order.index("request"), order.index("b")) <= 4
+    assert taken.most <= 2 * TURN_BYTES
 
 
 async def test_tiny_pieces_are_bounded_too() -> None:

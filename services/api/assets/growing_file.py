@@ -21,7 +21,9 @@ from distributor_node.services.api.assets.decision import (
 )
 from distributor_node.services.api.assets.response import (
     CHUNK_BYTES,
+    PAGE_SIZE,
     ResponseWriter,
+    is_cached,
     read_chunk,
 )
 from distributor_node.services.api.fetch_capacity import FetchEvents
@@ -41,6 +43,10 @@ MISMATCH_WAIT = 0.25
 
 WANT_INTERVAL = 1.0
 """Seconds after which a client that still waits for a byte says so again."""
+
+LOOK_BYTES, LOOK_SECONDS = 1024 * 1024, 0.02
+"""Bytes that are sent after one look at the file, and seconds within which. A file that is replaced is truncated too:
+what is read of it in between is right, or nothing."""
 
 LOCK_RETRY_INTERVAL = 0.5
 """Seconds between attempts to lock a verified file against removal, if no event comes before. Less than any
@@ -236,12 +242,17 @@ class PartialFileStreamer:
                     self._want(position)
                 await self._poller.wait(state.progress(position), prefix=state.size)
                 continue
-            length = min(CHUNK_BYTES, sendable - position)
-            await response.take_turn(length)
-            chunk = await self._read(reader, position, length)
-            if not chunk:
-                return StreamEnd.FILE_REPLACED
-            await self._send(response, chunk, outcome)
+            if response.started:
+                until = min(sendable, position - position % PAGE_SIZE + LOOK_BYTES)
+                sending = self._send_until(until, response, reader)
+            else:
+                until = min(sendable, position - position % PAGE_SIZE + CHUNK_BYTES)
+                sending = self._start(until, response, reader, outcome)
+            try:
+                if not await sending:
+                    return StreamEnd.FILE_REPLACED
+            except OSError as error:
+                raise VolumeError(f"read the partial file of {object_id}: {error.strerror}") from error
             renewal.touch_if_due()
         self._accesses.touch(object_id)
         await response.finish()
@@ -258,20 +269,35 @@ class PartialFileStreamer:
             return max_stall
         return min(max_stall, self._far_range_wait)
 
-    async def _send(self, response: ResponseWriter, chunk: memoryview, outcome: CacheOutcome) -> None:
-        if response.started:
-            await response.send(chunk, "local")
-            return
-        head = content_head(self._representation, outcome, self._span, "local", self._media_type)
-        await response.start(head, chunk)
+    async def _start(
+        self, end: int, response: ResponseWriter, reader: PartialReader, outcome: CacheOutcome
+    ) -> bool:
+        """Send the head, and bytes up to `end`. Returns False if the file was truncated, and nothing was sent. Raises
+        OSError if the disk fails."""
+        first = self._span.first
+        await response.take_turn(end - first)
+        chunk = await read_chunk(reader.descriptor, first, end - first)
+        if chunk:
+            head = content_head(self._representation, outcome, self._span, "local", self._media_type)
+            await response.start(head, chunk)
+        return bool(chunk)
 
-    async def _read(self, reader: PartialReader, offset: int, length: int) -> memoryview:
-        """Read a chunk. Empty if the file was truncated in the meantime. Raises VolumeError if the disk fails."""
-        try:
-            return await read_chunk(reader.descriptor, offset, length)
-        except OSError as error:
-            object_id = self._representation.object_id
-            raise VolumeError(f"read the partial file of {object_id}: {error.strerror}") from error
+    async def _send_until(self, end: int, response: ResponseWriter, reader: PartialReader) -> bool:
+        """Send bytes up to `end`, as far as the client takes them soon. Likewise."""
+        first, descriptor = self._span.first, reader.descriptor
+        position = first + response.sent
+        # Bytes are written in order, and leave the page cache in this order. So a few probes tell of all.
+        cached = is_cached(descriptor, position, end - position, stride=CHUNK_BYTES)
+        look_again_at = monotonic() + LOOK_SECONDS
+        while position < end:
+            # It ends with a page of the file where it can: sendfile costs more from within one.
+            length = min(CHUNK_BYTES - position % PAGE_SIZE, end - position)
+            if not await response.send_file(descriptor, position, length, cached=cached):
+                return False
+            if monotonic() >= look_again_at:
+                break
+            position = first + response.sent
+        return True
 
     def _is_far_by_rate(self, state: PartialState) -> bool:
         """Whether the first byte of a range ahead of the file is expected too late, if it is not wanted."""

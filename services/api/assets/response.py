@@ -30,7 +30,7 @@ from distributor_node.services.api.headers import (
     precondition_head,
     requested_disposition,
 )
-from distributor_node.services.api.protocol import end_chunked_head_response
+from distributor_node.services.api.protocol import ApiHttp, RawBody, end_chunked_head_response
 from distributor_node.services.api.request_log import observe_first_byte, request_record
 from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.adapters.volume.layout import object_path
@@ -38,10 +38,11 @@ from distributor_node.shared.domain.conditionals import Conditions, parse_conten
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.peers import HopKind, PeerUse
 from distributor_node.shared.observability.logging import OncePerKey
-from distributor_node.shared.observability.metrics import SENT_BYTES
+from distributor_node.shared.observability.metrics import SENT_BYTES, sent_bytes
 from distributor_node.shared.waiting import TurnBudget
 
-_PROBE_STRIDE = 64 * 1024
+PAGE_SIZE = 4096
+PROBE_STRIDE = 64 * 1024
 _PROBE_BUFFER = (bytearray(1),)
 MAX_PEEK = 4096
 _PEEK_BUFFER = memoryview(bytearray(MAX_PEEK))
@@ -69,7 +70,7 @@ async def read_chunk(descriptor: int, offset: int, length: int) -> memoryview:
 async def load_into_cache(descriptor: int, offset: int, length: int) -> None:
     """Have these bytes read into the page cache, in a thread. Raises OSError if the disk fails.
 
-    Nothing is copied: one byte in each _PROBE_STRIDE is read, and the kernel reads what lies around it.
+    Nothing is copied: one byte in each PROBE_STRIDE is read, and the kernel reads what lies around it.
     """
     loop = asyncio.get_running_loop()
     await loop.run_in_executor(_COLD_READ_POOL, _touch, descriptor, offset, length)
@@ -77,7 +78,7 @@ async def load_into_cache(descriptor: int, offset: int, length: int) -> None:
 
 def _touch(descriptor: int, offset: int, length: int) -> None:
     last = offset + length - 1
-    for position in (*range(offset, last, _PROBE_STRIDE), last):
+    for position in (*range(offset, last, PROBE_STRIDE), last):
         os.pread(descriptor, 1, position)
 
 
@@ -101,16 +102,18 @@ def peek_cached(descriptor: int, offset: int, length: int) -> memoryview | None:
         return None  # not in memory, or the disk fails; the read that follows tells which
 
 
-def is_cached(descriptor: int, offset: int, length: int, *, first_resident: bool = False) -> bool:
+def is_cached(
+    descriptor: int, offset: int, length: int, *, first_resident: bool = False, stride: int = PROBE_STRIDE
+) -> bool:
     """Whether these bytes seem to be in the page cache.
 
-    Probes one byte in each _PROBE_STRIDE and the last one. `first_resident`: the first byte is known to be there. The
+    Probes one byte in each `stride` and the last one. `first_resident`: the first byte is known to be there. The
     kernel reads ahead and evicts in larger steps, so a hole between two probes is rare. It costs one read from disk.
     """
     last = offset + length - 1
     try:
         for position in (
-            *range(offset + _PROBE_STRIDE if first_resident else offset, last, _PROBE_STRIDE),
+            *range(offset + stride if first_resident else offset, last, stride),
             last,
         ):
             if os.preadv(descriptor, _PROBE_BUFFER, position, os.RWF_NOWAIT) == 0:
@@ -140,6 +143,8 @@ def _read_rest(descriptor: int, view: memoryview, offset: int) -> int:
 
 
 CHUNK_BYTES = 256 * 1024
+_BUFFERED_CHUNK = 32 * 1024
+"""Bytes left to the transport while the socket is full."""
 
 logger = structlog.get_logger()
 
@@ -223,27 +228,34 @@ class HitResponder:
         while response.sent < length:
             renewal.touch_if_due()
             piece = min(CHUNK_BYTES, length - response.sent)
-            await response.take_turn(piece)
             try:
-                chunk = await self._read(file, first + response.sent, piece)
-            except VolumeError as error:
-                raise AbortResponse("object_unreadable") from error
-            await response.send(chunk, "local")
+                sent = await response.send_file(file.descriptor, first + response.sent, piece)
+            except OSError as error:
+                raise AbortResponse("object_unreadable") from self._unreadable(file, error)
+            if not sent:
+                raise AbortResponse("object_unreadable") from self._truncated(file)
 
     async def _read(self, file: OpenObject, offset: int, length: int) -> memoryview:
         """Read exactly these bytes. Raises VolumeError if the disk fails or the file has become too short."""
-        object_id = file.record.object_id
         try:
             chunk = await read_chunk(file.descriptor, offset, length)
         except OSError as error:
-            if self._read_errors.is_due(object_id):
-                logger.error("object_unreadable", object_id=object_id, reason=error.strerror)
-            raise VolumeError(f"read {object_id}: {error.strerror}") from error
+            raise self._unreadable(file, error) from error
         if len(chunk) < length:
-            if self._read_errors.is_due(object_id):
-                logger.error("object_truncated", object_id=object_id, size=file.record.size)
-            raise VolumeError(f"{object_id} is truncated")
+            raise self._truncated(file)
         return chunk
+
+    def _unreadable(self, file: OpenObject, error: OSError) -> VolumeError:
+        object_id = file.record.object_id
+        if self._read_errors.is_due(object_id):
+            logger.error("object_unreadable", object_id=object_id, reason=error.strerror)
+        return VolumeError(f"read {object_id}: {error.strerror}")
+
+    def _truncated(self, file: OpenObject) -> VolumeError:
+        object_id = file.record.object_id
+        if self._read_errors.is_due(object_id):
+            logger.error("object_truncated", object_id=object_id, size=file.record.size)
+        return VolumeError(f"{object_id} is truncated")
 
 
 UNSENT_LIMIT = 128 * 1024
@@ -280,8 +292,10 @@ class ResponseWriter:
     def __init__(self, request: Request, turns: TurnBudget) -> None:
         """`turns`: shared by all responses of the process that are sent chunk by chunk."""
         self._request = request
+        self._record = request_record(request)
         self._turns = turns
         self._response: HTTPResponse | None = None
+        self._raw: RawBody | None = None  # the rest of the body, if sendfile may send it
         self.hop: HopKind | None = None  # who asks, if another node of the fleet does, or says so
         self.sent = 0  # bytes of the body sent so far by `start` and `send`
 
@@ -296,12 +310,12 @@ class ResponseWriter:
 
     @property
     def request_id(self) -> str:
-        return request_record(self._request).request_id
+        return self._record.request_id
 
     @property
     def request_age(self) -> float:
         """Seconds since the request arrived."""
-        return perf_counter() - request_record(self._request).started
+        return perf_counter() - self._record.started
 
     @property
     def peer_use(self) -> PeerUse:
@@ -319,7 +333,7 @@ class ResponseWriter:
 
     def set_object_size(self, size: int | None) -> None:
         """Note the size of the whole object in bytes for the request log."""
-        request_record(self._request).size = size
+        self._record.size = size
 
     async def send_head(self, head: ResponseHead) -> None:
         """Send a response that has no body: to a HEAD, or 304, 412, 416.
@@ -337,7 +351,7 @@ class ResponseWriter:
     async def send_redirect(self, head: ResponseHead, length: int) -> None:
         """Send the head of a body that the web server in front adds. Its `length` bytes count as sent."""
         observe_first_byte(self._request, head.result)
-        request_record(self._request).sent = length
+        self._record.sent = length
         SENT_BYTES.labels(source="local").inc(length)
         await self._respond(head)
 
@@ -352,6 +366,8 @@ class ResponseWriter:
         observe_first_byte(self._request, head.result)
         self._limit_unsent(UNSENT_LIMIT)
         await self._write(await self._respond(head), chunk, head.source or "local")
+        http = self._request.stream
+        self._raw = http.raw_body() if isinstance(http, ApiHttp) else None
 
     async def take_turn(self, size: int) -> None:
         """Wait for the turn in which the next chunk, of `size` bytes, may be got and sent.
@@ -370,11 +386,43 @@ class ResponseWriter:
             raise RuntimeError("send was called before start")
         await self._write(self._response, chunk, source)
 
+    async def send_file(
+        self, descriptor: int, offset: int, length: int, *, cached: bool | None = None
+    ) -> int:
+        """Send up to `length` bytes of a file, the next ones of the body, in a turn of their own.
+
+        Returns how many, 0 if the file ends at `offset`. Raises OSError if the disk fails. `cached`: whether they were
+        in the page cache just now, if that is known.
+
+        Bytes in the page cache are sent by sendfile, which copies nothing. While the socket is full, a few bytes are
+        left to the transport, which tells when there is room again.
+        """
+        sent, raw = 0, self._raw
+        if raw is not None and not raw.admits(length):
+            raw = None
+        if raw is not None and raw.is_held_up:
+            await raw.wait_until_empty()
+            cached = None
+        await self._turns.take(length)
+        if raw is not None and (is_cached(descriptor, offset, length) if cached is None else cached):
+            sent = raw.send_file(descriptor, offset, length)
+            self._count(sent, "local")
+            if sent == length:
+                return sent
+            offset += sent
+            length = min(length - sent, _BUFFERED_CHUNK - offset % PAGE_SIZE)
+        chunk = await read_chunk(descriptor, offset, length)
+        if chunk:
+            await self.send(chunk, "local")
+        return sent + len(chunk)
+
     async def finish(self) -> None:
         """End the body."""
         if self._response is not None:
             await self._response.send(end_stream=True)
             self._limit_unsent(0)
+            if self._raw is not None:
+                self._raw.end()
 
     def _limit_unsent(self, limit: int) -> None:
         """Limit what the kernel takes before it can send it to `limit` bytes. 0: to what its buffer holds."""
@@ -390,16 +438,19 @@ class ResponseWriter:
         response = _AssetResponse(body, status=head.status, headers=headers)
         if head.status == HTTPStatus.PARTIAL_CONTENT:
             given = parse_content_range(head.headers.get("Content-Range", ""))
-            request_record(self._request).range_start = None if given is None else given[0].first
+            self._record.range_start = None if given is None else given[0].first
         self._response = await self._request.respond(response)
         return response
 
     async def _write(self, response: HTTPResponse, chunk: bytes | memoryview, source: DataSource) -> None:
         # Counted before: the connection may log the request as soon as it has the last byte.
-        self.sent += len(chunk)
-        request_record(self._request).sent = self.sent
-        SENT_BYTES.labels(source=source).inc(len(chunk))
+        self._count(len(chunk), source)
         await response.send(chunk)  # type: ignore[type-var]
+
+    def _count(self, size: int, source: DataSource) -> None:
+        self.sent += size
+        self._record.sent = self.sent
+        sent_bytes(source).inc(size)
 
 
 # X-Accel-Redirect: hits whose bytes a web server in front sends by itself, from the shared volume.

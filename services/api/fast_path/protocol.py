@@ -16,6 +16,7 @@ import structlog
 
 from distributor_node.services.api.accesses import AccessCounter, AccessRenewal
 from distributor_node.services.api.assets.response import (
+    PAGE_SIZE,
     is_cached,
     load_into_cache,
     peek_cached,
@@ -29,7 +30,6 @@ from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQ
 
 _MAX_BUFFERED = 64 * 1024
 """Bytes that a client may send ahead during a long response. Reading is paused beyond that."""
-_PAGE_SIZE = 4096
 _NOTHING = memoryview(b"")
 
 logger = structlog.get_logger()
@@ -125,7 +125,7 @@ class FastPathProtocol(PublicProtocol):
         cached, head, length, sent = prepared.cached, prepared.head, prepared.length, 0
         # An unaligned sendfile needs one page more per segment and costs about 50 % more CPU. Send the bytes up to the
         # page boundary with the head, then sendfile from there. If they are not in memory, send everything unaligned.
-        before_page = -prepared.first % _PAGE_SIZE
+        before_page = -prepared.first % PAGE_SIZE
         unaligned = (
             peek_cached(cached.descriptor, prepared.first, min(before_page, length))
             if before_page
