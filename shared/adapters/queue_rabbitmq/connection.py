@@ -11,17 +11,21 @@ queue, a cancelled consumer, a channel closed by the consumer timeout and a froz
 from __future__ import annotations
 
 import asyncio
-import uuid
+import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
-from aio_pika import DeliveryMode, Message
-from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aio_pika import DeliveryMode
+from aio_pika.abc import AbstractChannel
 from aio_pika.connection import Connection, make_url
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPError, ChannelPreconditionFailed, PublishError
-from pamqp.common import Arguments
+from aiormq.abc import AbstractChannel as AmqpChannel
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+from pamqp.common import Arguments, FieldTable
 
 from distributor_node.shared.domain.errors import ConfigurationError, InvalidJob, JobQueueUnavailable
 from distributor_node.shared.domain.jobs import FetchJob, RetryPlan, decode_job, encode_job
@@ -41,9 +45,11 @@ BROKER_ERRORS: tuple[type[Exception], ...] = (*CONNECTION_EXCEPTIONS, AMQPError,
 class Session:
     """One connection with one channel, from open to lost."""
 
-    def __init__(self, connection: Connection, channel: AbstractChannel) -> None:
+    def __init__(self, connection: Connection, channel: AbstractChannel, amqp: AmqpChannel) -> None:
+        """`amqp`: the same channel without aio-pika, which makes each message from 16 checked attributes and a task."""
         self.connection = connection
         self.channel = channel
+        self.amqp = amqp
         self.lost = asyncio.Event()  # connection or channel closed, or the consumer cancelled by the broker
         self.reason = ""  # why it was lost
 
@@ -53,19 +59,18 @@ class Session:
             self.reason = reason
             self.lost.set()
 
-    async def is_blocked(self) -> bool:
+    def is_blocked(self) -> bool:
         """Return whether the broker has blocked publishing on this connection (memory or disk alarm)."""
-        transport = self.connection.transport
-        if transport is None:
-            return False
+        ready = self.amqp.connection.ready()
         try:
-            async with asyncio.timeout(0.01):
-                await transport.connection.ready()
-        except TimeoutError:
-            return True
-        return False
+            ready.send(None)  # it would wait here
+        except StopIteration:
+            return False
+        finally:
+            ready.close()
+        return True
 
-    async def watch(self) -> None:
+    def watch(self) -> None:
         """Register callbacks that mark the session lost, whichever way it ends."""
 
         def connection_closed(_: object, error: BaseException | None = None) -> None:
@@ -79,7 +84,7 @@ class Session:
 
         self.connection.close_callbacks.add(connection_closed)
         self.channel.close_callbacks.add(channel_closed)
-        (await self.channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(consumer_cancelled)
+        self.amqp.on_consumer_cancel_callbacks.add(consumer_cancelled)
 
 
 @asynccontextmanager
@@ -96,8 +101,8 @@ async def open_session(url: str, name: str, *, confirms: bool) -> AsyncGenerator
             await connection.connect()
             channel = connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
             await channel.initialize()
-            session = Session(connection, channel)
-            await session.watch()
+            session = Session(connection, channel, await channel.get_underlay_channel())
+            session.watch()
         yield session
     finally:
         await _close(connection)
@@ -193,34 +198,42 @@ _MAX_TEXT = 200
 _MAX_ATTEMPT = 1_000_000
 
 
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What is published: a body and its properties."""
+
+    body: bytes
+    properties: Basic.Properties
+
+
 def to_message(job: FetchJob) -> Message:
     """Encode a job as a persistent message."""
-    return Message(
-        encode_job(job),
-        headers={
-            ATTEMPT_HEADER: job.attempt,
-            REQUEST_ID_HEADER: job.request_id,
-            **({TRACE_HEADER: job.trace} if job.trace else {}),
-        },
+    headers: FieldTable = {ATTEMPT_HEADER: job.attempt, REQUEST_ID_HEADER: job.request_id}
+    if job.trace:
+        headers[TRACE_HEADER] = job.trace
+    properties = Basic.Properties(
         content_type="application/json",
+        headers=headers,
         delivery_mode=DeliveryMode.PERSISTENT,
         priority=LOW if job.low_priority else HIGH,
         correlation_id=job.request_id[:_MAX_TEXT] or None,
-        message_id=uuid.uuid4().hex,
+        message_id=_new_message_id(),
     )
+    return Message(encode_job(job), properties)
 
 
-def to_job(message: AbstractIncomingMessage) -> FetchJob:
+def to_job(message: DeliveredMessage) -> FetchJob:
     """Decode a message. Raises InvalidJob, with the reason."""
-    attempt = message.headers.get(ATTEMPT_HEADER, 1)
+    headers = message.header.properties.headers or {}
+    attempt = headers.get(ATTEMPT_HEADER, 1)
     if not isinstance(attempt, int) or isinstance(attempt, bool) or not 0 < attempt <= _MAX_ATTEMPT:
         raise InvalidJob(
             f"{ATTEMPT_HEADER}: expected an integer from 1 to {_MAX_ATTEMPT}, got {str(attempt)[:40]!r}"
         )
-    request_id = message.headers.get(REQUEST_ID_HEADER, "")
+    request_id = headers.get(REQUEST_ID_HEADER, "")
     if not isinstance(request_id, str):
         raise InvalidJob(f"{REQUEST_ID_HEADER}: expected a string, got {str(request_id)[:40]!r}")
-    trace = message.headers.get(TRACE_HEADER)
+    trace = headers.get(TRACE_HEADER)
     return decode_job(
         message.body,
         attempt=attempt,
@@ -229,16 +242,21 @@ def to_job(message: AbstractIncomingMessage) -> FetchJob:
     )
 
 
-def to_dead_letter(message: AbstractIncomingMessage, reason: str) -> Message:
+def to_dead_letter(message: DeliveredMessage, reason: str) -> Message:
     """Copy a message, body and headers included, and add the reason."""
-    return Message(
-        message.body,
-        headers={**message.headers, REASON_HEADER: reason[:_MAX_TEXT]},
-        content_type=message.content_type,
+    given = message.header.properties
+    properties = Basic.Properties(
+        content_type=given.content_type,
+        headers={**(given.headers or {}), REASON_HEADER: reason[:_MAX_TEXT]},
         delivery_mode=DeliveryMode.PERSISTENT,
-        correlation_id=message.correlation_id,
-        message_id=uuid.uuid4().hex,
+        correlation_id=given.correlation_id,
+        message_id=_new_message_id(),
     )
+    return Message(message.body, properties)
+
+
+def _new_message_id() -> str:
+    return os.urandom(16).hex()
 
 
 logger = structlog.get_logger()
@@ -285,7 +303,7 @@ class Publisher:
                 session = await self._connected()
                 await self._publish(session, queue, message)
         except TimeoutError as error:
-            if session is not None and not await session.is_blocked():
+            if session is not None and not session.is_blocked():
                 session.mark_lost(f"no confirm within {self._timeout} s")
             raise JobQueueUnavailable(f"no confirm from the broker within {self._timeout} s") from error
         except BROKER_ERRORS as error:
@@ -297,18 +315,24 @@ class Publisher:
         await self._state_known.wait()
         if self._session is None:
             raise JobQueueUnavailable(self._failure or "not connected to the broker")
-        if await self._session.is_blocked():
+        if self._session.is_blocked():
             raise JobQueueUnavailable("broker has blocked publishing (memory or disk alarm)")
         return self._session
 
     async def _publish(self, session: Session, queue: str, message: Message) -> None:
-        exchange = session.channel.default_exchange
+        publish = partial(
+            session.amqp.basic_publish,
+            message.body,
+            routing_key=queue,
+            properties=message.properties,
+            mandatory=True,
+        )
         try:
-            await exchange.publish(message, routing_key=queue, mandatory=True)
-        except PublishError:
+            await publish()
+        except PublishError:  # the broker has returned it: there is no such queue
             logger.warning("queue_redeclared", queue=queue)
             await self._topology.declare(session.channel)
-            await exchange.publish(message, routing_key=queue, mandatory=True)
+            await publish()
 
     async def _stay_connected(self) -> None:
         backoff = Backoff()

@@ -6,16 +6,15 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from functools import partial
 
 import structlog
-from aio_pika import Message
-from aio_pika.abc import AbstractIncomingMessage
+from aiormq.abc import DeliveredMessage
 
 from distributor_node.shared.adapters.queue_outcomes import report_dead_letter, run_handler
 from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     CLOSE_SECONDS,
+    Message,
     Publisher,
     Session,
     Topology,
@@ -96,12 +95,12 @@ class Consumer:
         async with asyncio.timeout(_DECLARE_SECONDS):
             await session.channel.set_qos(prefetch_count=self._concurrency)
             await self._topology.declare(session.channel)
-            queue = await session.channel.get_queue(self._topology.work, ensure=False)
 
-            async def on_message(message: AbstractIncomingMessage) -> None:
+            async def on_message(message: DeliveredMessage) -> None:
                 self._on_delivery(Delivery(message, session))
 
-            return await queue.consume(on_message)
+            consuming = await session.amqp.basic_consume(self._topology.work, on_message)
+            return consuming.consumer_tag or ""
 
     async def _wait_until_lost(self, session: Session) -> None:
         """Return when the session is lost. Raise the error of a job's task, which is a defect."""
@@ -168,7 +167,7 @@ class Consumer:
         if not session.lost.is_set():
             try:
                 async with asyncio.timeout(CLOSE_SECONDS):
-                    await (await session.channel.get_underlay_channel()).basic_cancel(tag)
+                    await session.amqp.basic_cancel(tag)
             except BROKER_ERRORS as error:
                 session.mark_lost(f"cancel failed: {error!r}")
 
@@ -289,14 +288,11 @@ class InFlight:
 class Delivery:
     """A message as one session delivered it. Once the session is lost, the broker redelivers it to any consumer."""
 
-    def __init__(self, message: AbstractIncomingMessage, session: Session) -> None:
+    def __init__(self, message: DeliveredMessage, session: Session) -> None:
         self.message = message
         self._session = session
-
-    @property
-    def key(self) -> str:
-        """Identifies the message: equal for all its deliveries."""
-        return self.message.message_id or hashlib.sha256(self.message.body).hexdigest()
+        # Identifies the message: equal for all its deliveries.
+        self.key = message.header.properties.message_id or hashlib.sha256(message.body).hexdigest()
 
     @property
     def is_live(self) -> bool:
@@ -305,16 +301,16 @@ class Delivery:
 
     async def acknowledge(self) -> bool:
         """Let the broker delete the message. False: the ack was not sent."""
-        return await self._respond(self.message.ack)
+        return await self._respond(self._session.amqp.basic_ack)
 
     async def nack(self) -> bool:
         """Let the broker redeliver the message at once, to any consumer. False: the nack was not sent."""
-        return await self._respond(partial(self.message.nack, requeue=True))
+        return await self._respond(self._session.amqp.basic_nack)
 
-    async def _respond(self, send: Callable[[], Awaitable[None]]) -> bool:
+    async def _respond(self, send: Callable[[int], Awaitable[None]]) -> bool:
         if self.is_live:
             try:
-                await send()
+                await send(self.message.delivery_tag or 0)
                 return True
             except BROKER_ERRORS as error:
                 self._session.mark_lost(f"ack or nack not sent: {error!r}")
