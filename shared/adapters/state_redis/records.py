@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from distributor_node.shared.domain.eviction.policy import FIRST_COST_FACTOR, PriorityBasis
@@ -28,7 +27,6 @@ from distributor_node.shared.ports.state_store import (
 )
 
 
-@dataclass(frozen=True, slots=True)
 class Keys:
     """The names of all keys. A prefix with a hash tag, such as `{node-1}:`, keeps them on one shard of a proxy.
 
@@ -61,20 +59,33 @@ class Keys:
               ZSET    keys of answers by their expiry in POSIX milliseconds
     """
 
-    prefix: str
-
-    def all_for(self, object_id: str) -> tuple[str, ...]:
-        """The KEYS of each script, in the order that records.lua expects."""
-        prefix = self.prefix
-        return (
-            f"{prefix}objects",
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.objects = f"{prefix}objects"
+        self.leader = f"{prefix}leader"
+        self.policy = f"{prefix}policy"
+        self.accesses = f"{prefix}accesses"
+        self.operator_state = f"{prefix}orders"
+        self.pins = f"{prefix}pins"
+        self.purges = f"{prefix}purges"
+        self.warming = f"{prefix}warming"
+        self.workers = f"{prefix}workers"
+        self.reports = f"{prefix}reports"
+        self.reports_watched = f"{prefix}watched"
+        self.viewed = f"{prefix}viewed"
+        self.first_views = f"{prefix}first_views"
+        self.write_probe = f"{prefix}probe"
+        self.channel = f"{prefix}announcements"
+        self._before_failure = (
+            self.objects,
             f"{prefix}fetches",
             f"{prefix}usage",
             f"{prefix}wishes",
             self.leader,
             self.policy,
             self.accesses,
-            f"{prefix}failure:{object_id}",
+        )
+        self._after_failure = (
             self.operator_state,
             self.pins,
             self.purges,
@@ -82,71 +93,15 @@ class Keys:
             f"{prefix}catalog:answers",
         )
 
-    @property
-    def objects(self) -> str:
-        return f"{self.prefix}objects"
-
-    @property
-    def leader(self) -> str:
-        return f"{self.prefix}leader"
-
-    @property
-    def policy(self) -> str:
-        return f"{self.prefix}policy"
-
-    @property
-    def accesses(self) -> str:
-        return f"{self.prefix}accesses"
-
-    @property
-    def operator_state(self) -> str:
-        return f"{self.prefix}orders"
-
-    @property
-    def pins(self) -> str:
-        return f"{self.prefix}pins"
-
-    @property
-    def purges(self) -> str:
-        return f"{self.prefix}purges"
-
-    @property
-    def warming(self) -> str:
-        return f"{self.prefix}warming"
-
-    @property
-    def workers(self) -> str:
-        return f"{self.prefix}workers"
-
-    @property
-    def reports(self) -> str:
-        return f"{self.prefix}reports"
-
-    @property
-    def reports_watched(self) -> str:
-        return f"{self.prefix}watched"
-
-    @property
-    def viewed(self) -> str:
-        return f"{self.prefix}viewed"
-
-    @property
-    def first_views(self) -> str:
-        return f"{self.prefix}first_views"
+    def all_for(self, object_id: str) -> tuple[str, ...]:
+        """The KEYS of each script, in the order that records.lua expects."""
+        return (*self._before_failure, f"{self._prefix}failure:{object_id}", *self._after_failure)
 
     def wanted(self, object_id: str) -> str:
-        return f"{self.prefix}wanted:{object_id}"
+        return f"{self._prefix}wanted:{object_id}"
 
     def token_id(self, name: str) -> str:
-        return f"{self.prefix}ticket:{name}"
-
-    @property
-    def write_probe(self) -> str:
-        return f"{self.prefix}probe"
-
-    @property
-    def channel(self) -> str:
-        return f"{self.prefix}announcements"
+        return f"{self._prefix}ticket:{name}"
 
 
 # Replies
