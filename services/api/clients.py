@@ -12,6 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from math import inf
 from typing import Protocol
@@ -72,6 +73,7 @@ def client_of_request(addresses: ClientAddresses, request: Request) -> str:
     return addresses.client_of(peer, request.headers.getall("x-forwarded-for", ()))
 
 
+@lru_cache(maxsize=256)  # a client has many requests
 def _parse(text: str) -> _Address | None:
     """An address; also with a port or in brackets, as some proxies write it."""
     if text.startswith("["):

@@ -14,7 +14,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import structlog
-from structlog.contextvars import bound_contextvars
 
 from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.volume import FileState, Removal, RemovalState, Volume
@@ -313,31 +312,28 @@ class JobChecker:
 
     async def check(self, job: FetchJob) -> FetchJob | JobOutcome:
         """Return the job as the catalog describes its object, or what becomes of it instead."""
-        with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
-            # An id that was read from a message does not know its path; a name of which it is the digest tells it.
-            object_id = job.object_id.with_path(job.media_object.name)
-            try:
+        # An id that was read from a message does not know its path; a name of which it is the digest tells it.
+        object_id = job.object_id.with_path(job.media_object.name)
+        try:
+            known = await self._catalog.look_up(object_id)
+            if known is not None and known.version != job.media_object.version and await self.is_live(job):
+                # Race: 1. the catalog changes; 2. an API process learns it and publishes the job; 3. this process
+                # still has the answer of before.
+                await self._catalog.forget(known)
                 known = await self._catalog.look_up(object_id)
-                if (
-                    known is not None
-                    and known.version != job.media_object.version
-                    and await self.is_live(job)
-                ):
-                    # Race: 1. the catalog changes; 2. an API process learns it and publishes the job; 3. this process
-                    # still has the answer of before.
-                    await self._catalog.forget(known)
-                    known = await self._catalog.look_up(object_id)
-            except CatalogUnavailable as error:
-                # The claim shows that the job is of this node, which has asked the catalog just before.
-                return job if await self.is_live(job) else Retry(f"catalog: {error}")
-            refusal = self._refusal(known)
-            if known is None or refusal is not None:
-                logger.warning("job_dropped", reason=refusal, age=self._age(job))
-                await self._release_claim(job)
-                return Ack(refusal or "does_not_exist")
-            if known.version != job.media_object.version:
-                logger.warning("job_corrected", size=known.size, age=self._age(job))
-            return replace(job, media_object=replace(known, object_id=job.object_id))
+        except CatalogUnavailable as error:
+            # The claim shows that the job is of this node, which has asked the catalog just before.
+            return job if await self.is_live(job) else Retry(f"catalog: {error}")
+        refusal = self._refusal(known)
+        if known is None or refusal is not None:
+            logger.warning("job_dropped", reason=refusal, age=self._age(job))
+            await self._release_claim(job)
+            return Ack(refusal or "does_not_exist")
+        if known == job.media_object:
+            return job
+        if known.version != job.media_object.version:
+            logger.warning("job_corrected", size=known.size, age=self._age(job))
+        return replace(job, media_object=replace(known, object_id=job.object_id))
 
     def _refusal(self, known: MediaObject | None) -> str | None:
         """Return why the object is not fetched, as a label of metrics. None: it is."""

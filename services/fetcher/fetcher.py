@@ -191,12 +191,13 @@ class Fetcher:
             if job.revalidates is not None:
                 return await self._revalidate(job)
             await self._operator_state.wait_until(_not_draining)
-            checked = await self._checker.check(job)
-            if not isinstance(checked, FetchJob):
-                FETCHES.labels(outcome_label(checked)).inc()
-                return checked
-            async with self._scheduler.slot(checked) as slot:
-                return await self._worker.handle(checked, slot) if isinstance(slot, Slot) else slot
+            with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
+                checked = await self._checker.check(job)
+                if not isinstance(checked, FetchJob):
+                    FETCHES.labels(outcome_label(checked)).inc()
+                    return checked
+                async with self._scheduler.slot(checked) as slot:
+                    return await self._worker.handle(checked, slot) if isinstance(slot, Slot) else slot
         except asyncio.CancelledError:
             return Nack()
 
@@ -275,31 +276,31 @@ class Worker:
         self._admission = admission
         self._fetch_runner = fetch_runner
         self._failure_recorder = failure_recorder
+        self._queue_wait = PHASE.labels("queue_wait")
 
     async def handle(self, job: FetchJob, slot: Slot | None = None) -> JobOutcome:
         """Handle one job for the queue. When cancelled, release the lease and return Nack.
 
         `slot`: the source to begin with, and where the source in use is counted.
         """
-        with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
-            if job.attempt == 1:
-                PHASE.labels("queue_wait").observe(max(0.0, time.time() - job.published_at))
-            began_at = time.monotonic()
-            try:
-                outcome = await self._fetch(job, slot)
-            except asyncio.CancelledError:
-                outcome = Nack()
-            label = outcome_label(outcome)
-            FETCHES.labels(label).inc()
-            logger.info(
-                "job_ended",
-                outcome=label,
-                reason=getattr(outcome, "reason", None),
-                attempt=job.attempt,
-                size=job.media_object.size,
-                seconds=round(time.monotonic() - began_at, 3),
-            )
-            return outcome
+        if job.attempt == 1:
+            self._queue_wait.observe(max(0.0, time.time() - job.published_at))
+        began_at = time.monotonic()
+        try:
+            outcome = await self._fetch(job, slot)
+        except asyncio.CancelledError:
+            outcome = Nack()
+        label = outcome_label(outcome)
+        FETCHES.labels(label).inc()
+        logger.info(
+            "job_ended",
+            outcome=label,
+            reason=getattr(outcome, "reason", None),
+            attempt=job.attempt,
+            size=job.media_object.size,
+            seconds=round(time.monotonic() - began_at, 3),
+        )
+        return outcome
 
     async def _fetch(self, job: FetchJob, slot: Slot | None) -> JobOutcome:
         outcome: JobOutcome
