@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -153,7 +154,15 @@ async def test_an_old_job_is_carried_out_as_the_catalog_says(harness: Harness) -
 async def test_a_job_for_an_object_that_is_not_in_the_catalog_is_dropped(harness: Harness) -> None:
     await harness.queue.publish(harness.forged_job("8"))
     await harness.publish()
-    await harness.start()
+    fetcher = await harness.start()
     await harness.assert_stored()  # of object 7 alone
     assert harness.volume.open_object(ObjectId("8")) is None
     assert not [request for request in harness.node.requests if request.path.endswith("/8")]
+    assert await fetcher.stop() == 0
+    logged = [json.loads(line) for line in harness.stack.logs().splitlines() if line.startswith("{")]
+    named = {
+        (event["event"], event.get("object_id"), event.get("request_id"))
+        for event in logged
+        if event["event"] in {"job_dropped", "job_ended"}
+    }
+    assert named == {("job_dropped", "8", "r-0"), ("job_ended", "7", "r-1")}

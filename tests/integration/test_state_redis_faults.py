@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.state_redis.connection import MAX_CONNECTIONS
 from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot, WarmingScope
@@ -296,6 +297,34 @@ async def test_a_cancelled_call_leaves_no_reply_to_the_next(
         own_redis.thaw()
         assert all(await asyncio.gather(*(right_answer(name) for name in reversed(names))))
     await store.close()
+
+
+async def test_a_connection_that_the_server_has_closed_costs_no_call(
+    own_redis: RedisServer, redis_prefix: str
+) -> None:
+    store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, TIMES)
+    await store.open()
+    async with Redis.from_url(own_redis.url) as other:
+        for _ in range(5):
+            await store.find(ONE)
+            await other.client_kill_filter(_type="normal", skipme=True)
+            await asyncio.sleep(0.05)  # until the end of the stream has been read
+        assert (await store.claim(ONE, "api-1")).won
+    await store.close()
+
+
+async def test_calls_in_turn_share_a_connection_and_calls_at_once_do_not_exceed_the_limit(
+    own_redis: RedisServer, redis_prefix: str
+) -> None:
+    async with TcpRelay(own_redis.port).running() as relay:
+        store = RedisStateStore(f"redis://127.0.0.1:{relay.port}", redis_prefix, LIMIT, TIMES)
+        await store.open()
+        for _ in range(20):
+            await store.find(ONE)
+        assert relay.connections == 1
+        await asyncio.gather(*(store.find(ONE) for _ in range(3 * MAX_CONNECTIONS)))
+        assert relay.connections <= MAX_CONNECTIONS
+        await store.close()
 
 
 async def test_connections_that_died_silently_cost_one_time_limit_not_one_each(

@@ -15,7 +15,6 @@ import structlog
 from hiredis import pack_command
 from redis import asyncio as aioredis
 from redis.asyncio.client import PubSub
-from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -114,14 +113,6 @@ def _with_prelude(prelude: str, body: str) -> str:
 # Commands and scripts
 
 
-class _ConnectionPool(aioredis.ConnectionPool):
-    """The library's pool, without the lock, the events and the telemetry with which it takes a connection back."""
-
-    async def release(self, connection: AbstractConnection) -> None:
-        self._in_use_connections.remove(connection)
-        self._available_connections.append(connection)
-
-
 def make_client(url: str, connect_timeout: float, connections: int = MAX_CONNECTIONS) -> aioredis.Redis:
     """A client that connects when first used.
 
@@ -130,7 +121,7 @@ def make_client(url: str, connect_timeout: float, connections: int = MAX_CONNECT
     library closes the connection, so that a late reply never reaches the next caller.
     """
     try:
-        pool = _ConnectionPool.from_url(
+        pool = aioredis.ConnectionPool.from_url(
             url,
             max_connections=connections,
             protocol=2,
@@ -198,7 +189,10 @@ class RedisConnection:
             return await self._execute("EVAL", script.text, *given)
 
     async def _execute(self, *arguments: str | bytes | int | float) -> Any:
-        """As the library's `execute_command`, which makes four hundred calls more for a script with its arguments."""
+        """As the library's `execute_command`, without its telemetry, and with the arguments packed in C.
+
+        A connection on which sending or reading fails is closed, also by a cancellation: see `make_client`.
+        """
         pool = self._client.connection_pool
         connection = pool.get_available_connection()  # type: ignore[no-untyped-call]
         try:
