@@ -46,7 +46,9 @@ class Session:
     """One connection with one channel, from open to lost."""
 
     def __init__(self, connection: Connection, channel: AbstractChannel, amqp: AmqpChannel) -> None:
-        """`amqp`: the same channel without aio-pika, which makes each message from 16 checked attributes and a task."""
+        """`amqp`: the channel of aiormq below `channel`. Messages are published, consumed and acknowledged on it:
+        aio-pika copies each one into an object of its own, and runs one more task for each that it delivers.
+        """
         self.connection = connection
         self.channel = channel
         self.amqp = amqp
@@ -63,7 +65,7 @@ class Session:
         """Return whether the broker has blocked publishing on this connection (memory or disk alarm)."""
         ready = self.amqp.connection.ready()
         try:
-            ready.send(None)  # it would wait here
+            ready.send(None)  # it ends here unless it waits for the broker
         except StopIteration:
             return False
         finally:
