@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from io import StringIO
@@ -469,6 +469,31 @@ async def test_a_catalog_that_cannot_list_needs_ids_to_warm(
         expected = "expected ids, since the catalog of this node cannot list its objects"
         assert f"409 {field}: {expected}, got {field}\n" in done.stderr
         assert (await operator.query("warm"))["state"] == "none"
+
+
+async def test_a_command_says_which_objects_it_has_not_warmed(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, operator):
+        done = await command(operator, "warm", *(f"gone{number}" for number in range(13)))
+        assert done.returncode == 1
+        assert "not fetched: gone0 (the catalog does not know it), gone1 (" in done.stderr
+        assert "gone9 (the catalog does not know it), and 3 more\n" in done.stderr
+        assert json.loads(done.stdout)["skippedFor"] == {"unknown": 13}
+
+
+async def test_a_bucket_that_does_not_exist_is_not_warmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with operated(tmp_path) as (api, operator):
+
+        async def bucket_ids(worker_id: int | None = None) -> Sequence[str]:
+            return ["0:1", "0:2"]
+
+        monkeypatch.setattr(api.context.catalog, "bucket_ids", bucket_ids)
+        done = await command(operator, "warm", "--bucket", "9:9")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "409 bucket: expected a bucket of the catalog (0:1, 0:2), got 9:9\n" in done.stderr
+        assert (await operator.query("warm"))["state"] == "none"
+        assert (await command(operator, "warm", "--bucket", "0:1", "--no-wait")).returncode == 0
 
 
 async def test_a_warming_that_has_ended_early_is_an_error_of_the_command(

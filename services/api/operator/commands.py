@@ -157,6 +157,12 @@ class OperatorCommands:
             message = f"buckets: expected buckets of the catalog ({_listed(known)}), got {_listed(unknown)}"
             raise HttpError(409, message, "unknown_bucket")
 
+    async def _check_bucket(self, bucket_id: str) -> None:
+        known = await self._catalog.bucket_ids()
+        if bucket_id not in known:
+            message = f"bucket: expected a bucket of the catalog ({_listed(known)}), got {bucket_id}"
+            raise HttpError(409, message, "unknown_bucket")
+
     async def drain(self, on: bool) -> dict[str, Any]:
         return await self._change("drain", lambda state: replace(state, draining=on))
 
@@ -212,6 +218,8 @@ class OperatorCommands:
                 f"{field}: expected ids, since the catalog of this node cannot list its objects, got {field}"
             )
             raise HttpError(409, message, "cannot_list")
+        if scope.bucket_id is not None:
+            await self._check(self._check_bucket(scope.bucket_id))
         warming = await self._state.start_warming(scope)
         if warming is None:
             raise HttpError(409, "Another warming is in progress", "already_warming")
@@ -417,6 +425,7 @@ def warming_as_json(warming: Warming | None) -> dict[str, Any]:
         "skipped": warming.skipped,
         "skippedFor": dict(warming.skipped_for),
         "failed": warming.failed,
+        "notWarmed": [{"id": object_id, "reason": reason} for object_id, reason in warming.not_warmed],
         "reason": warming.reason,
     }
 

@@ -119,7 +119,8 @@ def _paths() -> Json:
                 _one_of(WARMING_BODIES),
                 "Warming",
                 description="At low priority, and only as long as there is room: nothing is evicted for it.",
-                conflict="Another warming is in progress; without ids, and the catalog cannot list its objects; "
+                conflict="Another warming is in progress; a bucket that the catalog does not have; without ids, "
+                "and the catalog cannot list its objects; "
                 f"{_SHUTTING_DOWN}",
             ),
             **_query("warming", "Progress of the latest warming", "Warming"),
@@ -309,9 +310,13 @@ SCHEMAS: dict[str, Any] = {
             "additionalProperties": count(),
             "description": "How many were skipped, by reason. `stored`: cached already. `unknown`, `not_uploaded`, "
             "`unassigned`: as the catalog says. `too_large`: or of unknown size. `kept_by_peer`: another node of the "
-            "fleet keeps it. `no_room`.",
+            "fleet keeps it. `no_room`. `malformed`: the catalog has no such ids.",
         },
         failed=count(),
+        notWarmed=array(
+            _closed(id=_OBJECT_ID, reason=_TEXT),
+            description="The first objects that are not here afterwards, each with one of these reasons, or `failed`.",
+        ),
         reason={**_TEXT, "description": "Why it ended early, if it did."},
     ),
     "Page": _closed(
