@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -451,6 +452,31 @@ async def test_a_catalog_that_does_not_reply_is_explained(
         monkeypatch.setattr(api.context.catalog, "look_up", look_up)
         words = (await operator.query("cache/8"))["words"]
         assert words[-1] == "The catalog cannot be asked at the moment: no reply within 0.1 s."
+
+
+async def test_a_remembered_failure_is_explained_with_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with operated(tmp_path) as (api, operator):
+        known = MediaObject(ObjectId("8"), 1000, sources=("http://127.0.0.1:9/8",))
+
+        async def look_up(object_id: ObjectId) -> MediaObject:
+            return known
+
+        monkeypatch.setattr(api.context.catalog, "look_up", look_up)
+        words = (await operator.query("cache/8"))["words"]
+        assert words[-1] == "The catalog knows it, at 1 source: the first request fetches it."
+        await api.context.state.record_failure(known.object_id, "502 from the source", 600.0)
+        words = (await operator.query("cache/8"))["words"]
+        assert words[-2] == "The last fetch failed: 502 from the source. It may be fetched again in 10 min."
+        assert re.search(
+            r"The failure is remembered until \d\d:\d\d:\d\d UTC, and until then requests are", words[-1]
+        )
+        known = replace(known, not_stored="Cache-Control: no-store")
+        words = (await operator.query("cache/8"))["words"]
+        assert (
+            words[-1] == "Its origin forbids to store it (Cache-Control: no-store), so it is always proxied."
+        )
 
 
 ORIGIN = {"kind": "origin", "origin": "http://127.0.0.1:9/{id}"}

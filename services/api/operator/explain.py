@@ -131,7 +131,7 @@ async def explanation_in_words(
     """Return the answer as sentences. The catalog is asked about what is not here, for a bounded time."""
     catalog = None
     if explained["state"] in ("absent", "failed"):
-        catalog = await _catalog_says(context, explained["id"])
+        catalog = await _catalog_says(context, explained["id"], explained["failure"])
     return in_words(explained, None if removed is None else removed.model_dump(exclude_none=True), catalog)
 
 
@@ -141,7 +141,7 @@ async def last_removal(store: ReportStore, object_id: ObjectId) -> RemovedObject
     return max((one for one in removals if one.id == object_id), key=lambda one: one.at, default=None)
 
 
-async def _catalog_says(context: ApiContext, object_id: ObjectId) -> str:
+async def _catalog_says(context: ApiContext, object_id: ObjectId, failure: Mapping[str, Any] | None) -> str:
     if not context.catalog.can_have(object_id):
         return "The catalog cannot have an object with such an id."
     try:
@@ -159,8 +159,16 @@ async def _catalog_says(context: ApiContext, object_id: ObjectId) -> str:
         return "The catalog says that it has not been uploaded yet."
     if found.size is not None and found.size > context.settings.storage.largest_cached_size:
         return "It is larger than the largest object that this node caches, so it is always proxied."
-    sources = plural(len(found.sources), "source")
-    return f"The catalog knows it, at {sources}: the first request fetches it."
+    if found.not_stored is not None:
+        return f"Its origin forbids to store it ({found.not_stored}), so it is always proxied."
+    sources = f"The catalog knows it, at {plural(len(found.sources), 'source')}"
+    if failure is None:
+        return f"{sources}: the first request fetches it."
+    until = _time_of_day(time.time() + failure["secondsLeft"])
+    return (
+        f"{sources}. The failure is remembered until {until}, and until then requests are proxied. The first request"
+        " after that fetches it, or the first one after the source has delivered it to a client."
+    )
 
 
 def in_words(
@@ -270,6 +278,10 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def _time_of_day(at: float) -> str:
+    return time.strftime("%H:%M:%S UTC", time.gmtime(at))
 
 
 def _duration(seconds: float) -> str:
