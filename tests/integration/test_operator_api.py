@@ -43,6 +43,7 @@ from distributor_node.shared.domain.operator_state import (
     decode_snapshot,
     encode_snapshot,
 )
+from distributor_node.shared.ports.state_store import Granted
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.process_reports import RemovedObject, ReportContent
 from distributor_node.shared.settings.model import DashboardSettings, Settings
@@ -452,6 +453,36 @@ async def test_a_catalog_that_does_not_reply_is_explained(
         monkeypatch.setattr(api.context.catalog, "look_up", look_up)
         words = (await operator.query("cache/8"))["words"]
         assert words[-1] == "The catalog cannot be asked at the moment: no reply within 0.1 s."
+
+
+async def test_listings_name_the_path_that_an_id_is_the_digest_of(tmp_path: Path) -> None:
+    path = "films/my%20film.mp4?v=1"
+    async with operated(tmp_path) as (api, operator):
+        state, volume = api.context.state, api.context.volume
+        term = await state.lead("evictor", 60.0)
+        assert term is not None
+        await state.set_reconciled(term)
+        ids = [ObjectId.parse_path("films/my%20film.mp4", "v=1"), ObjectId("plain")]
+        leases = []
+        for object_id in ids:
+            record = StoredRecord(object_id, 4, None, None, "video/mp4", 1_700_000_000, name=path)
+            partial = volume.open_partial_for_writing(record)
+            granted = await state.begin(object_id, 4, "worker")
+            assert isinstance(granted, Granted)
+            partial.write(0, b"film")
+            leases.append((partial, record, granted.lease))
+        downloads = (await operator.query("downloads"))["downloads"]
+        assert {one["id"]: one["path"] for one in downloads} == {ids[0]: path, "plain": None}
+        explained = await operator.query(f"cache/{ids[0]}")
+        assert (explained["path"], explained["fetch"]["path"]) == (path, path)
+        for partial, record, lease in leases:
+            partial.mark_verified()
+            partial.publish(record)
+            partial.close()
+            assert await state.commit(lease, time.time())
+        cached = (await operator.query("cache"))["objects"]
+        assert {one["id"]: one["path"] for one in cached} == {ids[0]: path, "plain": None}
+        assert (await operator.query(f"cache/{ids[0]}"))["path"] == path
 
 
 async def test_a_remembered_failure_is_explained_with_its_end(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.operator.commands import fetch_as_json
+from distributor_node.services.api.operator.commands import fetch_as_json, path_of
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, VolumeError
 from distributor_node.shared.domain.eviction import Gdsf, PolicyEntry
@@ -71,8 +71,10 @@ class ObjectExplainer:
             }
         else:
             before = {"bytesBefore": None, "objectsBefore": None}
+        path = path_of(object_id, on_volume.record or on_volume.partial_record)
         return {
             "id": object_id,
+            "path": path,
             "state": _state_of(entry, status, on_volume),
             "size": _size_of(entry, status, on_volume),
             "hash": _hash_of(on_volume.record),
@@ -84,7 +86,9 @@ class ObjectExplainer:
             **before,
             "pinned": object_id in pinned,
             "sending": on_volume.sending,
-            "fetch": None if status.fetch is None else fetch_as_json(status.fetch, on_volume.partial_bytes),
+            "fetch": None
+            if status.fetch is None
+            else fetch_as_json(status.fetch, on_volume.partial_bytes, path),
             "failure": None
             if status.failure is None
             else {"reason": status.failure.reason, "secondsLeft": round(status.failure.seconds_left, 3)},
@@ -120,6 +124,7 @@ class ObjectExplainer:
                 record=None if found is None else self._volume.read_record(object_id),
                 sending=self._volume.is_being_sent(object_id),
                 partial_bytes=partial_bytes,
+                partial_record=None if partial is None else self._volume.partial_record(object_id),
             )
         except VolumeError:
             return OnVolume(readable=False)
@@ -299,6 +304,7 @@ class OnVolume:
     record: StoredRecord | None = None
     sending: bool | None = None  # None: it cannot be told
     partial_bytes: int = 0
+    partial_record: StoredRecord | None = None  # the one that the partial file is going to have
     readable: bool = True
 
 

@@ -247,6 +247,13 @@ _FLAG: Json = {"type": "boolean"}
 _OBJECT_ID = ref("schemas", "ObjectId")
 
 
+_PATH_OF_ID = {
+    "type": ["string", "null"],
+    "description": "The path of which `id` is the digest, percent-encoded, with its query. Null: `id` is the name "
+    "itself, or the path is not known.",
+}
+
+
 def _number(description: str) -> Json:
     return {"type": "number", "description": description}
 
@@ -323,6 +330,7 @@ SCHEMAS: dict[str, Any] = {
         objects=array(
             _closed(
                 id=_OBJECT_ID,
+                path=_PATH_OF_ID,
                 size=count(),
                 lastAccess=_number("POSIX seconds."),
                 views=count(),
@@ -340,6 +348,7 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Download": _closed(
         id=_OBJECT_ID,
+        path=_PATH_OF_ID,
         phase={"enum": ["claimed", "queued", "fetching", "parked"]},
         bytes=count("On disk."),
         size=count("Of the object; 0 before its fetch has started."),
@@ -358,6 +367,7 @@ SCHEMAS: dict[str, Any] = {
             "say of an object that is not here.",
         },
         id=_OBJECT_ID,
+        path=_PATH_OF_ID,
         state={
             "enum": [
                 "stored",
