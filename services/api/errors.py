@@ -29,6 +29,16 @@ class HttpError(Exception):
         self.headers = dict(headers or {})
 
 
+class RangeOutOfReach(HttpError):
+    """A source has the object, but sends it from its first byte on alone, and the range begins too far from there.
+
+    Nothing has been sent. A fetch of the object may still bring the range.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(502, "No source could deliver the object", "sources_failed")
+
+
 class AbortResponse(Exception):
     """Aborts the connection, so that the client notices that its response is incomplete."""
 

@@ -253,14 +253,17 @@ def check_catalog(settings: Settings, *, online: bool) -> list[str]:
     """Return remarks. Raises ConfigurationError for an invalid manifest, with line, entry and rule, and for a catalog
     that cannot be reached or used, if `online`.
 
-    A manifest that is not there, or that this user may not read, is an error only if `online`: settings may be checked
-    on another machine, and by another user.
+    A manifest that is not there is an error if its directory is, or if `online`. Otherwise it is a remark, as one that
+    this user may not read: settings may be checked on another machine, and by another user.
     """
     manifest = settings.catalog.manifest
     if settings.catalog.kind == "manifest" and not online and manifest is not None:
         remark = _manifest_remark(manifest)
         if remark:
-            return [f"catalog.manifest: {manifest} {remark}, so it was not checked"]
+            found = f"got {manifest}, which {remark}, so it was not checked"
+            return [
+                f"catalog.manifest: expected a file that can be read, {found} (--online makes this an error)"
+            ]
     if settings.catalog.kind == "manifest" or online:
         asyncio.run(_open_catalog(settings, online=online))
     return []
@@ -269,6 +272,12 @@ def check_catalog(settings: Settings, *, online: bool) -> list[str]:
 def _manifest_remark(manifest: Path) -> str:
     try:
         if not manifest.exists():
+            directory = manifest.absolute().parent
+            # The root directory is on every machine: it does not show that this is the node's.
+            if directory.is_dir() and directory != directory.parent:
+                raise ConfigurationError(
+                    f"catalog.manifest: expected a file, got {manifest}: {directory} is here, and has no such file"
+                )
             return "is not here"
     except PermissionError:
         return "cannot be read by this user"

@@ -7,7 +7,8 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ _IDS_BATCH = 200
 _MAX_BODY = 6000
 _POLL_INTERVAL = 0.5  # seconds between two queries of the progress
 _TIMEOUT = 60.0  # seconds, of one request
+_MOST_NAMED = 10  # objects that are named in a message
 _PINS_PER_PAGE = 500  # those that are not here are looked up in the catalog
 
 app = typer.Typer(
@@ -265,14 +267,52 @@ def warm(
     def execute(client: OperatorClient) -> dict[str, Any]:
         progress: dict[str, Any] = {}
         for scope in scopes:
-            progress = client.command("warm", scope)
+            before, progress = progress, client.command("warm", scope)
             if wait:
-                progress = _watch(client)
+                progress = _added(before, _watch(client))
             if progress["state"] == "finished" and progress["reason"]:
                 raise OperatorError(f"the warming has ended early: {progress['reason']}")
+        missing = _not_warmed(progress)
+        if missing and ids:
+            raise PartialSuccess(missing, progress)
+        if missing:
+            print(f"distributor: {missing}", file=sys.stderr)
         return progress
 
     _run(context, execute, fleet=fleet)
+
+
+_REASONS = {
+    "unknown": "the catalog does not know it",
+    "malformed": "this catalog has no such ids",
+    "unassigned": "not served by this node",
+    "not_uploaded": "not uploaded yet",
+    "too_large": "larger than storage.max_cached_item or the cache, or of unknown size",
+    "no_room": "no room below the low watermark",
+    "failed": "could not be fetched",
+}
+
+
+def _not_warmed(progress: Mapping[str, Any]) -> str:
+    """Say which objects were not fetched and why: the first ones by name, then a count. Empty: none."""
+    named = progress.get("notWarmed", ())  # without it: a node of an earlier version
+    if not named:
+        return ""
+    skipped = Counter(progress["skippedFor"])
+    missing = progress["failed"] + skipped.total() - skipped["stored"] - skipped["kept_by_peer"]
+    listed = ", ".join(f"{one['id']} ({_REASONS.get(one['reason'], one['reason'])})" for one in named)
+    more = f", and {missing - len(named)} more" if missing > len(named) else ""
+    return f"not fetched: {listed}{more}"
+
+
+def _added(before: Mapping[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """Return the progress of several warmings, one after another, as that of one."""
+    if not before:
+        return last
+    counts = {name: before[name] + last[name] for name in ("total", "done", "skipped", "failed")}
+    named = [*before.get("notWarmed", ()), *last.get("notWarmed", ())][:_MOST_NAMED]
+    reasons = Counter(before["skippedFor"]) + Counter(last["skippedFor"])
+    return {**last, **counts, "skippedFor": dict(reasons), "notWarmed": named}
 
 
 @app.command("warming")
@@ -436,6 +476,8 @@ def _run(
         response = ask(client)
     except OperatorError as error:
         print(f"distributor: {error}", file=sys.stderr)
+        if isinstance(error, PartialSuccess):
+            print(json.dumps(error.result))
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -452,7 +494,8 @@ def _run_at_all(
             print(json.dumps({"node": client.url, "result": ask(client)}))
         except OperatorError as error:
             failed = True
-            print(json.dumps({"node": client.url, "error": str(error)}))
+            result = {"result": error.result} if isinstance(error, PartialSuccess) else {}
+            print(json.dumps({"node": client.url, **result, "error": str(error)}))
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
     if failed:
@@ -466,6 +509,15 @@ class OperatorError(Exception):
         """`kind`: the `type` of the node's response, such as `unknown_bucket`."""
         super().__init__(message)
         self.kind = kind
+
+
+class PartialSuccess(OperatorError):
+    """The command has been carried out for a part of what was named."""
+
+    def __init__(self, message: str, result: Mapping[str, Any]) -> None:
+        """`result`: what is printed of a success."""
+        super().__init__(message)
+        self.result = result
 
 
 class OperatorClient:

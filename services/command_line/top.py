@@ -355,7 +355,7 @@ def _download(one: Mapping[str, Any], *, narrow: bool) -> tuple[str | Text, ...]
     arrived = f"{100 * held // total} %" if narrow and total else size(held)
     switched = f" (after {', '.join(one['sources'][:-1])})" if one["sources"][:-1] else ""
     return (
-        one["id"],
+        one.get("path") or one["id"],
         progress(one, 12 if narrow else 24),
         f"{arrived} of {size(total) if total else '?'}",
         rate,

@@ -211,6 +211,11 @@ class AllSourcesFailed(SourceError):
         )
 
     @property
+    def range_ignored(self) -> bool:
+        """Whether a source ignored such a range: it has the object, and sends it in order."""
+        return any(isinstance(error, SourceIgnoresRange) for error in self.errors.values())
+
+    @property
     def contradicts_catalog(self) -> bool:
         """Whether a source is evidence that the catalog's description is outdated: of the size, version or place."""
         return any(

@@ -131,6 +131,8 @@ class Warming:
         default_factory=dict
     )  # by reason; without those of an earlier version
     failed: int = 0  # requested, but not fetched in time
+    not_warmed: tuple[tuple[str, str], ...] = ()
+    """The first objects that were to be fetched and are not here, each with the reason."""
     reason: str = ""  # why it ended early or cannot continue
 
     @property
@@ -161,6 +163,15 @@ def decode_warming(text: str | bytes, serial: int) -> Warming:
         counts = {name: int(document[name]) for name in ("total", "done", "skipped", "failed")}
         skipped_for = {str(name): int(count) for name, count in document.get("skipped_for", {}).items()}
         reason = str(document.get("reason", ""))
-        return Warming(serial, scope, document["state"], **counts, skipped_for=skipped_for, reason=reason)
+        not_warmed = tuple((str(name), str(why)) for name, why in document.get("not_warmed", ()))
+        return Warming(
+            serial,
+            scope,
+            document["state"],
+            **counts,
+            skipped_for=skipped_for,
+            not_warmed=not_warmed,
+            reason=reason,
+        )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidInput(f"warming: unreadable: {type(error).__name__}") from error

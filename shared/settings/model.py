@@ -81,7 +81,10 @@ class PublicApi(SettingsGroup):
     """Seconds from its arrival until a miss that waits for the first byte of its fetch is proxied to a source, and so
     begins within 3. It waits for at least 1, whatever time its look-up took."""
     proxied_first_byte_wait: Seconds = 10.0
-    """Seconds for a proxied response to begin, all sources together; then 504. Players give up after 20."""
+    """Seconds for a proxied response to begin, all sources together; then 504. Players give up after 20.
+
+    Also for a range of a source that ignores ranges, from the request's arrival until the fetch has reached it; then
+    503 with Retry-After."""
     send_stall_limit: Seconds = 120.0
     """Seconds after which a client that reads nothing (a paused player) is disconnected."""
     minimum_client_rate: Size = Field(default=4 * 1024)

@@ -148,7 +148,14 @@ class TestWarming:
         assert await harness.other.start_warming(WarmingScope()) is None
         assert await harness.store.lease_warming("api-1", 60) == ordered
         over = replace(
-            ordered, state="finished", total=3, done=1, skipped=1, failed=1, skipped_for={"stored": 1}
+            ordered,
+            state="finished",
+            total=3,
+            done=1,
+            skipped=1,
+            failed=1,
+            skipped_for={"unknown": 1},
+            not_warmed=(("7", "unknown"), ("8", "failed")),
         )
         assert await harness.store.lease_warming("api-1", 60, over) == over
         assert await harness.other.warming() == over

@@ -295,6 +295,7 @@ async def test_warm_fetches_the_assignment_within_space_and_evicts_nothing(harne
     assert {**(await operator.query("warm")), "reason": ""} == {
         "state": "finished", "total": 3, "done": 0, "skipped": 3, "failed": 0, "reason": "",
         "skippedFor": {"stored": 1, "unknown": 1, "unassigned": 1},
+        "notWarmed": [{"id": "nowhere", "reason": "unknown"}, {"id": "99", "reason": "unassigned"}],
     }  # fmt: skip
 
 

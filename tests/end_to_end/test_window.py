@@ -294,3 +294,22 @@ async def test_all_of_an_abandoned_film_is_fetched(harness: Harness, settings: M
         await one.read_to(MIB)
     await harness.stack.until_hit(FILM.object_id)
     assert ranges(harness.first) == [None]
+
+
+async def test_a_viewer_who_jumps_at_a_source_that_ignores_ranges_gets_the_range(harness: Harness) -> None:
+    """The window does not keep the fetch from reading all that comes before the range."""
+    patient = {
+        "DISTRIBUTOR_PUBLIC_API__FAR_RANGE_WAIT": "0.5",
+        "DISTRIBUTOR_PUBLIC_API__PROXIED_FIRST_BYTE_WAIT": "60",
+        "DISTRIBUTOR_FETCH__VIEWER_TIMEOUT": "60",
+    }
+    harness.first.faults.add(Fault(bytes_per_second=20 * MIB, ignore_range=True))
+    await start(harness, patient)
+    first = 30 * MIB
+    answer = await get(
+        harness.stack.url(FILM.object_id), {"Range": f"bytes={first}-{first + MIB - 1}"}, timeout=120
+    )
+    assert (answer.status, answer.complete) == (206, True)
+    assert answer.body == FILM.content.read(first, MIB)
+    assert answer.headers["x-data-source"] == "local"
+    assert len([asked for asked in ranges(harness.first) if asked is None]) == 1

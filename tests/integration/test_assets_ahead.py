@@ -189,3 +189,72 @@ async def test_bytes_that_were_not_named_are_never_sent(tmp_path: Path) -> None:
         answer = await view(harness, 9 * MIB, 10 * MIB - 1)
         assert answer.headers["x-data-source"] == "local"
         fetch.partial.close()
+
+
+# Sources that ignore ranges: only the fetch brings a range that begins far on.
+
+
+def ignore_ranges(harness: AssetsHarness, bytes_per_second: int | None) -> None:
+    for node in (harness.node, harness.second):
+        node.faults.add(Fault(ignore_range=True, bytes_per_second=bytes_per_second))
+
+
+def requests(harness: AssetsHarness) -> int:
+    return len(harness.node.requests) + len(harness.second.requests)
+
+
+@pytest.mark.parametrize("last", [13 * MIB, SIZE - 1])
+@pytest.mark.parametrize("changes", [{}, {"content_hash": None}])
+async def test_a_source_that_ignores_ranges_is_read_once(
+    tmp_path: Path, changes: dict[str, None], last: int
+) -> None:
+    async with (
+        assets_harness(tmp_path, far_range_wait=0.2, proxied_first_byte_wait=60.0) as harness,
+        fetcher(harness),
+    ):
+        harness.add("1", SIZE, **changes)
+        ignore_ranges(harness, 12 * MIB)
+        answer = await view(harness, 12 * MIB, last)
+        assert answer.headers["x-data-source"] == "local"
+        await eventually(lambda: harness.is_hit("1"))
+        wholes = [one for one in (*harness.node.requests, *harness.second.requests) if one.range is None]
+        assert len(wholes) == 1
+
+
+async def test_the_last_bytes_of_a_source_that_ignores_ranges_come_with_the_whole(tmp_path: Path) -> None:
+    async with (
+        assets_harness(tmp_path, far_range_wait=0.2, proxied_first_byte_wait=60.0) as harness,
+        fetcher(harness),
+    ):
+        harness.add("1", SIZE)
+        ignore_ranges(harness, 12 * MIB)
+        assert (await view(harness, SIZE - 1000, SIZE - 1)).headers["x-data-source"] == "local"
+
+
+async def test_a_range_that_comes_too_late_is_to_be_asked_for_again(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path, far_range_wait=0.1, proxied_first_byte_wait=0.5) as harness:
+        data = harness.add("1", SIZE, content_hash=None)
+        ignore_ranges(harness, None)
+        fetch = await harness.begin("1", written=MIB)
+        for _ in range(3):
+            answer = await harness.get("1", {"Range": f"bytes={12 * MIB}-{13 * MIB}"})
+            assert (answer.status, answer.json()["type"]) == (503, "range_not_fetched_yet")
+            assert int(answer.headers["retry-after"]) >= 1
+        assert requests(harness) == 2, "each source was asked once, and then known to ignore ranges"
+        fetch.write_to(14 * MIB)
+        assert (await view(harness, 12 * MIB, 13 * MIB)).body == data[12 * MIB : 13 * MIB + 1]
+        fetch.partial.close()
+
+
+async def test_a_range_is_not_waited_for_when_its_fetch_has_failed(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path, far_range_wait=0.1, proxied_first_byte_wait=600.0) as harness:
+        harness.add("1", SIZE, content_hash=None)
+        ignore_ranges(harness, None)
+        fetch = await harness.begin("1", written=MIB)
+        waiting = asyncio.create_task(harness.get("1", {"Range": f"bytes={12 * MIB}-{13 * MIB}"}))
+        await eventually(lambda: requests(harness) == 2)
+        fetch.partial.close()
+        await harness.context.state.record_failure(ID, "given up", 60)
+        await harness.context.state.park(fetch.lease)
+        for answer in (await waiting, await harness.get("1", {"Range": f"bytes={12 * MIB}-{13 * MIB}"})):
+            assert (answer.status, answer.json()["type"]) == (502, "sources_failed")

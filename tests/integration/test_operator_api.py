@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from io import StringIO
@@ -42,6 +43,7 @@ from distributor_node.shared.domain.operator_state import (
     decode_snapshot,
     encode_snapshot,
 )
+from distributor_node.shared.ports.state_store import Granted
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.process_reports import RemovedObject, ReportContent
 from distributor_node.shared.settings.model import DashboardSettings, Settings
@@ -453,6 +455,61 @@ async def test_a_catalog_that_does_not_reply_is_explained(
         assert words[-1] == "The catalog cannot be asked at the moment: no reply within 0.1 s."
 
 
+async def test_listings_name_the_path_that_an_id_is_the_digest_of(tmp_path: Path) -> None:
+    path = "films/my%20film.mp4?v=1"
+    async with operated(tmp_path) as (api, operator):
+        state, volume = api.context.state, api.context.volume
+        term = await state.lead("evictor", 60.0)
+        assert term is not None
+        await state.set_reconciled(term)
+        ids = [ObjectId.parse_path("films/my%20film.mp4", "v=1"), ObjectId("plain")]
+        leases = []
+        for object_id in ids:
+            record = StoredRecord(object_id, 4, None, None, "video/mp4", 1_700_000_000, name=path)
+            partial = volume.open_partial_for_writing(record)
+            granted = await state.begin(object_id, 4, "worker")
+            assert isinstance(granted, Granted)
+            partial.write(0, b"film")
+            leases.append((partial, record, granted.lease))
+        downloads = (await operator.query("downloads"))["downloads"]
+        assert {one["id"]: one["path"] for one in downloads} == {ids[0]: path, "plain": None}
+        explained = await operator.query(f"cache/{ids[0]}")
+        assert (explained["path"], explained["fetch"]["path"]) == (path, path)
+        for partial, record, lease in leases:
+            partial.mark_verified()
+            partial.publish(record)
+            partial.close()
+            assert await state.commit(lease, time.time())
+        cached = (await operator.query("cache"))["objects"]
+        assert {one["id"]: one["path"] for one in cached} == {ids[0]: path, "plain": None}
+        assert (await operator.query(f"cache/{ids[0]}"))["path"] == path
+
+
+async def test_a_remembered_failure_is_explained_with_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with operated(tmp_path) as (api, operator):
+        known = MediaObject(ObjectId("8"), 1000, sources=("http://127.0.0.1:9/8",))
+
+        async def look_up(object_id: ObjectId) -> MediaObject:
+            return known
+
+        monkeypatch.setattr(api.context.catalog, "look_up", look_up)
+        words = (await operator.query("cache/8"))["words"]
+        assert words[-1] == "The catalog knows it, at 1 source: the first request fetches it."
+        await api.context.state.record_failure(known.object_id, "502 from the source", 600.0)
+        words = (await operator.query("cache/8"))["words"]
+        assert words[-2] == "The last fetch failed: 502 from the source. It may be fetched again in 10 min."
+        assert re.search(
+            r"The failure is remembered until \d\d:\d\d:\d\d UTC, and until then requests are", words[-1]
+        )
+        known = replace(known, not_stored="Cache-Control: no-store")
+        words = (await operator.query("cache/8"))["words"]
+        assert (
+            words[-1] == "Its origin forbids to store it (Cache-Control: no-store), so it is always proxied."
+        )
+
+
 ORIGIN = {"kind": "origin", "origin": "http://127.0.0.1:9/{id}"}
 
 
@@ -469,6 +526,31 @@ async def test_a_catalog_that_cannot_list_needs_ids_to_warm(
         expected = "expected ids, since the catalog of this node cannot list its objects"
         assert f"409 {field}: {expected}, got {field}\n" in done.stderr
         assert (await operator.query("warm"))["state"] == "none"
+
+
+async def test_a_command_says_which_objects_it_has_not_warmed(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, operator):
+        done = await command(operator, "warm", *(f"gone{number}" for number in range(13)))
+        assert done.returncode == 1
+        assert "not fetched: gone0 (the catalog does not know it), gone1 (" in done.stderr
+        assert "gone9 (the catalog does not know it), and 3 more\n" in done.stderr
+        assert json.loads(done.stdout)["skippedFor"] == {"unknown": 13}
+
+
+async def test_a_bucket_that_does_not_exist_is_not_warmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with operated(tmp_path) as (api, operator):
+
+        async def bucket_ids(worker_id: int | None = None) -> Sequence[str]:
+            return ["0:1", "0:2"]
+
+        monkeypatch.setattr(api.context.catalog, "bucket_ids", bucket_ids)
+        done = await command(operator, "warm", "--bucket", "9:9")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "409 bucket: expected a bucket of the catalog (0:1, 0:2), got 9:9\n" in done.stderr
+        assert (await operator.query("warm"))["state"] == "none"
+        assert (await command(operator, "warm", "--bucket", "0:1", "--no-wait")).returncode == 0
 
 
 async def test_a_warming_that_has_ended_early_is_an_error_of_the_command(

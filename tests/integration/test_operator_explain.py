@@ -81,6 +81,7 @@ async def test_fields_of_a_stored_object(harness: EvictorHarness) -> None:
     await harness.store("one", age=600)
     assert await explain(harness, "one") == {
         "id": "one",
+        "path": None,
         "state": "stored",
         "size": SIZE,
         "hash": str(record_of("one", harness.path_of("one").read_bytes()).content_hash),

@@ -124,3 +124,9 @@ async def test_objects_that_are_skipped_are_counted_by_their_reason(tmp_path: Pa
         assert warming is not None
         assert (warming.total, warming.skipped) == (5, 5)
         assert warming.skipped_for == {"stored": 1, "unknown": 2, "not_uploaded": 1, "too_large": 1}
+        assert warming.not_warmed == (
+            ("2", "not_uploaded"),
+            ("3", "too_large"),
+            ("unknown", "unknown"),
+            ("other", "unknown"),
+        )

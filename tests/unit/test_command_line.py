@@ -311,9 +311,19 @@ def test_check_reads_the_manifest_and_names_the_entry_that_is_wrong(manifest: Pa
 def test_check_without_the_manifest_says_so(manifest: Path) -> None:
     manifest.unlink()
     done = check(manifest)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"catalog.manifest: expected a file, got {manifest}: {manifest.parent} is here" in done.stderr
+    assert check(manifest, "--online").returncode == 2
+
+
+def test_check_on_another_machine_says_that_the_manifest_was_not_checked(tmp_path: Path) -> None:
+    """Neither the file nor its directory is there."""
+    elsewhere = tmp_path / "etc" / "manifest.yaml"
+    done = check(elsewhere)
     assert done.returncode == 0
+    assert f"catalog.manifest: expected a file that can be read, got {elsewhere}" in done.stderr
     assert "is not here, so it was not checked" in done.stderr
-    done = check(manifest, "--online")
+    done = check(elsewhere, "--online")
     assert done.returncode == 2
     assert "No such file" in done.stderr
 

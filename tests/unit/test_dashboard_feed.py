@@ -23,7 +23,7 @@ from distributor_node.services.api.operator.explain import in_words
 from distributor_node.services.command_line.top import screen
 from distributor_node.services.demo.objects import MIB
 from distributor_node.shared.domain.extents import Extents
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import EvictionReason
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase
 from distributor_node.shared.runtime.process_reports import ReportContent, ReportedProcess
@@ -104,6 +104,23 @@ def test_the_partial_file_of_each_download_is_looked_at() -> None:
     feed = Feed(cast("Any", context), cast("Any", None), cast("Any", None), cast("Any", None))
     assert feed._partial_files([*running, parked]) == {}
     assert opened == [fetch.object_id for fetch in running]
+
+
+def test_a_download_whose_id_is_a_digest_is_shown_with_its_path() -> None:
+    object_id, path = ObjectId.parse_path("films/a.mp4"), "films/a.mp4"
+    record = StoredRecord(object_id, MIB, None, None, None, 0, name=path)
+    volume = SimpleNamespace(open_partial=lambda _: None, partial_record=lambda _: record)
+    context = SimpleNamespace(
+        volume=volume,
+        fetch_capacity=SimpleNamespace(running=0, free=1),
+        settings=SimpleNamespace(fetch=FetchSettings()),
+    )
+    feed = Feed(cast("Any", context), cast("Any", None), cast("Any", None), cast("Any", None))
+    fetch = Fetch(object_id, FetchPhase.FETCHING, MIB, "worker", None, 10, age=1)
+    [shown] = feed._downloads_as_json([fetch], feed._partial_files([fetch]), 1)["downloads"]
+    assert (shown["id"], shown["path"]) == (object_id, path)
+    feed._partial_files([])
+    assert not feed._paths
 
 
 @pytest.mark.parametrize(("age", "words"), [(0.0, "the last look-ups failed"), (99.0, "works")])
@@ -293,6 +310,12 @@ BUSY = {
     },
     "sources": [{**SOURCE, "name": "storage-7.example.org:443", "failures": {"timeout": 12, "corrupt": 3}}],
 }  # fmt: skip
+
+
+def test_the_terminal_shows_the_path_of_a_download_whose_id_is_a_digest() -> None:
+    one = download(ObjectId.parse_path("films/a.mp4"), path="films/a.mp4")
+    lines = shown_lines(120, **{**BUSY, "downloads": [one]})
+    assert any(line.startswith(" films/a.mp4 ") for line in lines)
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])

@@ -88,6 +88,7 @@ class PartialFileStreamer:
         self._span = span
         self.stall_timeout = stall_timeout
         self._media_type: str | None = None
+        self.fetch_ended = False  # `wait_for_first_byte` saw that no more bytes come
         self._far_range_wait = far_range_wait
         self.has_begun = False  # a partial file was seen
         self.want: Callable[[int], None] | None = None
@@ -140,7 +141,10 @@ class PartialFileStreamer:
                             return None
                         self._want_first()
                 remaining = self._limit(deadline) - monotonic()
-                if remaining <= 0 or (reader is None and give_up()) or await self._poller.has_ended():
+                if remaining <= 0 or (reader is None and give_up()):
+                    return None
+                if await self._poller.has_ended():
+                    self.fetch_ended = True
                     return None
                 await self._poller.wait(progress, remaining, prefix=prefix)
         finally:
@@ -311,6 +315,11 @@ class PartialFileStreamer:
         missing = bytes_missing(self._span, state.size)
         return bool(missing and state.size) and self._poller.expects_later(missing, self._far_range_wait)
 
+    def seconds_until_first_byte(self) -> float | None:
+        """Return in how many seconds a file that grows in order has the span's first byte. None: it cannot be told."""
+        missing = bytes_missing(self._span, self.on_disk())
+        return self._poller.seconds_until(missing)
+
     def on_disk(self) -> int:
         """Return where the bytes end that the partial file has up to the span's first byte. 0: there is no file."""
         reader = self._volume.open_partial(self._representation.object_id)
@@ -395,6 +404,17 @@ class FetchRates:
         if len(self._sizes) > _MAX_RATES:
             self._sizes.popitem(last=False)
 
+    def seconds_until(self, object_id: ObjectId, more: int) -> float | None:
+        """Return in how many seconds, at the rate of the last ones, the file will have grown by `more` bytes.
+
+        None: that cannot be told.
+        """
+        sizes = self._sizes.get(object_id)
+        if not sizes or self._clock() - sizes[-1][0] > _RATE_WINDOW:
+            return None
+        observed, grown = sizes[-1][0] - sizes[0][0], sizes[-1][1] - sizes[0][1]
+        return more * observed / grown if grown and observed >= _MIN_OBSERVED else None
+
     def expects_later(self, object_id: ObjectId, more: int, seconds: float) -> bool:
         """Whether, at the rate of the last seconds, the file will grow by `more` bytes later than in `seconds`.
 
@@ -456,6 +476,10 @@ class FetchPoller:
     def expects_later(self, more: int, seconds: float) -> bool:
         """Whether so many more bytes are expected later than in `seconds`."""
         return self._rates.expects_later(self._object_id, more, seconds)
+
+    def seconds_until(self, more: int) -> float | None:
+        """Return in how many seconds so many more bytes are expected. None: that cannot be told."""
+        return self._rates.seconds_until(self._object_id, more)
 
     async def wait(
         self, size: int, max_seconds: float = MAX_IDLE_POLL_INTERVAL, *, prefix: int | None = None

@@ -290,9 +290,12 @@ class Passages:
         if len(self._ignored) > _MAX_IGNORED:
             self._ignored.popitem(last=False)
 
-    def is_out_of_reach(self, media_object: MediaObject, span: Span) -> bool:
-        """Whether all sources have lately ignored such a range. Asking again would fill their buffers for nothing."""
-        return span.first > MAX_SKIP and self._ignored.get(media_object, 0.0) > self._clock()
+    def is_out_of_reach(self, media_object: MediaObject, first: int) -> bool:
+        """Whether all sources have lately ignored a range that begins as far on as byte `first`.
+
+        Asking again would fill their buffers for nothing.
+        """
+        return first > MAX_SKIP and self._ignored.get(media_object, 0.0) > self._clock()
 
     async def read_tail(self, media_object: MediaObject, sources: Sequence[str]) -> Passage | None:
         """Read and verify the whole object. Returns its last MAX_SMALL_RANGE bytes, None if there is no room.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
+from math import ceil, inf
 from time import monotonic
 
 import structlog
@@ -32,12 +32,12 @@ from distributor_node.services.api.assets.response import (
     ResponseWriter,
 )
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.errors import AbortResponse, HttpError
+from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError, RangeOutOfReach
 from distributor_node.services.api.headers import BYPASS, CacheOutcome, content_head
 from distributor_node.shared.adapters.volume import OpenObject, PartialReader
 from distributor_node.shared.domain.conditionals import Comparison
-from distributor_node.shared.domain.errors import VolumeError
-from distributor_node.shared.domain.objects import MediaObject
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.domain.space import VIEW_BEGINS
 from distributor_node.shared.observability.metrics import STALLED_FETCHES_BRIDGED, VAIN_WAITS
@@ -54,6 +54,9 @@ _MAX_BRIDGES = 5
 
 _SHORTEST_WAIT = 1.0
 """Seconds that a request waits for the first byte of a fetch, however late it is when it begins to wait."""
+
+_LONGEST_RETRY = 600
+"""Seconds after which a client is told to ask again for a range that its fetch reaches later, at most."""
 
 logger = structlog.get_logger()
 
@@ -128,17 +131,40 @@ class PendingResponder:
         )
 
     async def _respond(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:
-        response, representation = pending.response, pending.representation
+        settings, response = self._context.settings.public_api, pending.response
+        # Counted from the request's arrival: a slow look-up leaves less to wait for.
+        arrived_at = monotonic() - response.request_age
+        if settings.follow_growing_files:
+            await self._stream_from_volume(pending, publish_failed, arrived_at)
+        if response.started:
+            return
+        if pending.follower is not None:
+            self._context.viewers.follow(pending.follower, False)
         try:
-            await self._try_streaming(pending, publish_failed)
-        except VolumeError as error:
-            self._context.volume.report_read_error(representation.object_id, error)
-            if response.started:
-                raise AbortResponse("object_unreadable") from error
-        if not response.started:
-            if pending.follower is not None:
-                self._context.viewers.follow(pending.follower, False)
             await self.proxy(replace(pending, outcome=BYPASS) if publish_failed.is_set() else pending)
+        except RangeOutOfReach as error:
+            if publish_failed.is_set() or not settings.follow_growing_files:
+                raise
+            failure = await self._stream_from_volume(pending, publish_failed, arrived_at, in_order=True)
+            if not response.started:
+                raise (failure or error) from error
+
+    async def _stream_from_volume(
+        self,
+        pending: PendingRequest,
+        publish_failed: asyncio.Event,
+        arrived_at: float,
+        *,
+        in_order: bool = False,
+    ) -> HttpError | None:
+        """See `_try_streaming`. A disk that fails counts as nothing sent."""
+        try:
+            return await self._try_streaming(pending, publish_failed, arrived_at, in_order=in_order)
+        except VolumeError as error:
+            self._context.volume.report_read_error(pending.representation.object_id, error)
+            if pending.response.started:
+                raise AbortResponse("object_unreadable") from error
+            return None
 
     async def proxy(self, pending: PendingRequest) -> bool | None:
         """Respond from a source. Returns whether all bytes of the object were read and verified.
@@ -147,21 +173,30 @@ class PendingResponder:
         """
         return await self._proxy.respond(await self._proxied_response(pending))
 
-    async def _try_streaming(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:
-        """Respond from the volume if it has, or soon will have, the first byte. Otherwise send nothing."""
+    async def _try_streaming(
+        self,
+        pending: PendingRequest,
+        publish_failed: asyncio.Event,
+        arrived_at: float,
+        *,
+        in_order: bool,
+    ) -> HttpError | None:
+        """Respond from the volume if it has, or soon will have, the first byte. Otherwise send nothing.
+
+        `in_order`: no source sends the range by itself, so it is waited for as long as for a proxied response. Returns
+        the error for a range that the fetch may still reach, later.
+        """
         settings, span = self._context.settings.public_api, pending.span
-        if not settings.follow_growing_files:
-            return
-        streamer = self._streamer(pending)
-        far = is_far(span.first, streamer.on_disk(), settings.far_range_distance)
+        wait = settings.proxied_first_byte_wait if in_order else settings.first_byte_wait
+        streamer = self._streamer(pending, in_order=in_order)
+        far = not in_order and is_far(span.first, streamer.on_disk(), settings.far_range_distance)
         if far and streamer.want is None:
-            return
+            return None
         if pending.follower is not None:
             self._context.viewers.follow(pending.follower)
-        # Counted from the request's arrival: a slow look-up leaves less to wait for.
-        arrived_at = monotonic() - pending.response.request_age
-        shortest = min(settings.first_byte_wait, _SHORTEST_WAIT)
-        deadline = max(arrived_at + settings.first_byte_wait, monotonic() + shortest)
+            if in_order:
+                await self._order_whole(pending.representation.object_id)
+        deadline = max(arrived_at + wait, monotonic() + min(wait, _SHORTEST_WAIT))
         give_up = self._give_up(pending, publish_failed)
         for _ in range(_MAX_REPLACED):
             found = await streamer.wait_for_first_byte(deadline, give_up, far=far)
@@ -182,15 +217,28 @@ class PendingResponder:
                     await self._hit_responder.send(
                         found, representation, span, pending.outcome, pending.response
                     )
-                    return
+                    return None
                 end = await self._stream(pending, streamer, found)
             if end is not StreamEnd.FILE_REPLACED:
-                return
+                return None
             if pending.response.started:
                 raise AbortResponse("object_gone")
         waited_in_vain = monotonic() >= deadline and not streamer.has_begun and not pending.begun
         if waited_in_vain and not publish_failed.is_set():
             self._context.fetch_capacity.record_vain(pending.representation.object_id, arrived_at)
+        if not in_order or streamer.fetch_ended or publish_failed.is_set():
+            return None
+        return _not_reached(streamer.seconds_until_first_byte())
+
+    async def _order_whole(self, object_id: ObjectId) -> None:
+        """Have the fetch read on, however far behind it its viewers are.
+
+        A part that it left out could not be fetched later without all that comes before it.
+        """
+        try:
+            await self._context.state.order_whole(object_id)
+        except StateStoreUnavailable as error:
+            logger.debug("whole_not_ordered", object_id=object_id, reason=str(error))
 
     def _give_up(self, pending: PendingRequest, publish_failed: asyncio.Event) -> Callable[[], bool]:
         """Return the check whether to wait no longer for the fetch to begin."""
@@ -306,8 +354,9 @@ class PendingResponder:
         response = pending.response
         await self._starter.start(media_object, response.request_id, for_peer=response.hop is not None)
 
-    def _streamer(self, pending: PendingRequest) -> PartialFileStreamer:
+    def _streamer(self, pending: PendingRequest, *, in_order: bool) -> PartialFileStreamer:
         context, object_id = self._context, pending.representation.object_id
+        settings = context.settings.public_api
         poller = FetchPoller(object_id, context.state, context.fetch_events, self._rates)
         streamer = PartialFileStreamer(
             context.volume,
@@ -316,9 +365,9 @@ class PendingResponder:
             pending.representation,
             pending.span,
             stall_timeout=context.settings.fetch.lease + _RESUME_GRACE,
-            far_range_wait=context.settings.public_api.far_range_wait,
+            far_range_wait=settings.proxied_first_byte_wait if in_order else settings.far_range_wait,
         )
-        if self._is_fetched_ahead(pending):
+        if not in_order and self._is_fetched_ahead(pending):
             streamer.want = partial(context.viewers.want, object_id)
         if pending.follower is not None:
             streamer.on_near = partial(context.viewers.come_near, pending.follower)
@@ -327,3 +376,16 @@ class PendingResponder:
         # a parked file under it.
         poller.on_parked = partial(self._start_again, pending)
         return streamer
+
+
+def _not_reached(seconds: float | None) -> HttpError:
+    """The error for a range that only the fetch in order brings. `seconds`: until it is expected; None: unknown."""
+    headers = RETRY_LATER
+    if seconds is not None:
+        headers = {"Retry-After": str(max(1, min(ceil(seconds), _LONGEST_RETRY)))}
+    return HttpError(
+        503,
+        "The source sends no ranges, and the fetch of the object has not reached this one yet",
+        "range_not_fetched_yet",
+        headers,
+    )

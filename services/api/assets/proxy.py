@@ -23,7 +23,7 @@ from distributor_node.services.api.assets.passages import (
 from distributor_node.services.api.assets.response import ResponseWriter
 from distributor_node.services.api.clients import client_of_request
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
+from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError, RangeOutOfReach
 from distributor_node.services.api.headers import CacheOutcome, content_head
 from distributor_node.shared.adapters.sources import SourceResponse
 from distributor_node.shared.adapters.sources.client import MAX_SKIP, Expected
@@ -183,8 +183,7 @@ class Proxy:
         if kept is not None:
             await self._send_passage(proxied, kept)
             return None
-        if self.passages.is_out_of_reach(media_object, span):
-            raise HttpError(502, "No source could deliver the object", "sources_failed")
+        self._check_reach(proxied, span.first)
         sources = _in_order(proxied)
         if proxied.peer_use is not PeerUse.FETCH:
             return await self._respond_verified(proxied)  # a passage may be read on behalf of the asking peer
@@ -196,9 +195,7 @@ class Proxy:
                     media_object, sources, span, lambda arrived: self._send_arrived(proxied, arrived)
                 )
         except AllSourcesFailed as error:
-            if error.ranges_ignored:
-                self.passages.note_ranges_ignored(media_object)
-            raise _failure(error, proxied) from error
+            raise self._failure(error, proxied) from error
         except NoCorrectSource as error:
             raise _no_correct_source() from error
         if passage is None or not passage.covers(span):
@@ -220,6 +217,7 @@ class Proxy:
         if kept is not None:
             await self._send_passage(proxied, kept)
             return None
+        self._check_reach(proxied, span.first)
         sources = _in_order(proxied)
         parts = self.passages.follow(media_object, sources, span, proxied.on_source_response)
         try:
@@ -228,7 +226,7 @@ class Proxy:
                     await proxied.response.take_turn(len(part))
                     await proxied.emit((part,))
         except AllSourcesFailed as error:
-            raise _failure(error, proxied) from error
+            raise self._failure(error, proxied) from error
         if proxied.response.sent < (span.length or 0):
             return await self._respond_verified(proxied)  # without sharing: there is no room
         await proxied.finish()
@@ -364,6 +362,7 @@ class Proxy:
 
         Raises _FileCaughtUp once `caught_up` is set.
         """
+        self._check_reach(proxied, first)
         last = proxied.span.last
         version = proxied.representation.version
         wanted = replace(proxied.media_object, validators=version.validators)
@@ -392,7 +391,7 @@ class Proxy:
                     proxied.contributors.add(chunk.source)
                     await proxied.emit(buffer.feed(data) if buffer else (data,))
         except AllSourcesFailed as error:
-            raise _failure(error, proxied) from error
+            raise self._failure(error, proxied) from error
         if buffer is not None:
             if not buffer.verify():
                 self._report_corruption(proxied, resumed=buffer.resumed)
@@ -402,6 +401,22 @@ class Proxy:
             await proxied.emit(buffer.drain())
         await proxied.finish()
         return True
+
+    def _check_reach(self, proxied: ProxiedResponse, first: int) -> None:
+        """Raise at once if the sources are known to ignore a range that begins at `first`.
+
+        Not while there are peers to ask: one may have it by now.
+        """
+        media_object = proxied.media_object
+        if self.passages.is_out_of_reach(media_object, first) and not self._failover_reader.asks_peers(
+            media_object.object_id, proxied.peer_use
+        ):
+            raise AbortResponse(_SOURCE_FAILED) if proxied.response.started else RangeOutOfReach()
+
+    def _failure(self, error: AllSourcesFailed, proxied: ProxiedResponse) -> Exception:
+        if error.ranges_ignored:
+            self.passages.note_ranges_ignored(proxied.media_object)
+        return _failure(error, proxied)
 
     def _report_corruption(self, proxied: ProxiedResponse, *, resumed: bool) -> None:
         object_id = proxied.media_object.object_id
@@ -505,6 +520,8 @@ def _source_failure(error: AllSourcesFailed, response: ResponseWriter) -> HttpEr
             " accept",
             "encoded",
         )
+    if error.range_ignored:
+        return RangeOutOfReach()
     return HttpError(502, "No source could deliver the object", "sources_failed")
 
 

@@ -17,6 +17,7 @@ from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.dashboard.history import STEP, CounterSum, History
 from distributor_node.services.api.health import LOOKUPS_FAIL, HealthChecks
+from distributor_node.services.api.operator.commands import path_of
 from distributor_node.services.api.operator.explain import (
     ObjectExplainer,
     explanation_in_words,
@@ -74,6 +75,7 @@ class Feed:
         self._removed = OrderedDict[str, RemovedObject]()  # by object, the last removed at the end
         self._problems = ProblemTimes()
         self._downloads = DownloadProgress()
+        self._paths = dict[ObjectId, str | None]()  # of the fetches whose ids are digests of paths
         self._source_rates, self._peer_rates = GrowthRates(), GrowthRates()
         self._checked_at = float("-inf")  # monotonic seconds
         self._checked: Mapping[str, str | None] = {}
@@ -195,8 +197,14 @@ class Feed:
                     state = reader.state()
                     found[object_id] = state.extents or Extents.of((0, state.size)), state.verified
                     reader.close()
+                if object_id.is_digest and self._paths.get(object_id) is None:
+                    self._paths[object_id] = path_of(
+                        object_id, self._context.volume.partial_record(object_id)
+                    )
             except VolumeError:
                 continue
+        for object_id in {*self._paths} - {fetch.object_id for fetch in fetches}:
+            self._paths.pop(object_id, None)
         return found
 
     async def _volume(
@@ -284,6 +292,7 @@ class Feed:
         watching = viewers.get(fetch.object_id, [])
         return {
             "id": fetch.object_id,
+            "path": self._paths.get(fetch.object_id),
             "phase": fetch.phase.value,
             "paused": fetch.phase is FetchPhase.FETCHING
             and rate == 0

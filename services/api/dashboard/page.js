@@ -228,6 +228,8 @@ function updateDownload(item, one) {
   else if (one.rate !== null) progress.push(rate(one.rate));
   if (one.phase !== "parked" && !one.paused && one.secondsLeft !== null) progress.push(one.rate ? `${duration(Math.max(1, one.secondsLeft))} left` : "stands still");
   item.querySelector(".progress").textContent = progress.join(" · ");
+  item.querySelector(".id").textContent = one.path ?? one.id;
+  item.querySelector(".id").title = one.id;
   const before = one.sources.slice(0, -1), switches = plural(before.length, "switch", "switches");
   item.querySelector(".source").textContent = one.source ? `from ${one.source}${before.length ? ` after ${switches}: ${before.join(" → ")}` : ""}, by ${one.worker}` : `by ${one.worker || "no worker"}`;
   const viewers = one.viewers.length + one.moreViewers;

@@ -18,7 +18,13 @@ import structlog
 from distributor_node.services.api.errors import HttpError
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
-from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId, source_name
+from distributor_node.shared.domain.objects import (
+    Assignment,
+    MediaObject,
+    ObjectId,
+    StoredRecord,
+    source_name,
+)
 from distributor_node.shared.domain.operator_state import OperatorState, Warming, WarmingScope
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, IndexEntry, StateStore
@@ -157,6 +163,12 @@ class OperatorCommands:
             message = f"buckets: expected buckets of the catalog ({_listed(known)}), got {_listed(unknown)}"
             raise HttpError(409, message, "unknown_bucket")
 
+    async def _check_bucket(self, bucket_id: str) -> None:
+        known = await self._catalog.bucket_ids()
+        if bucket_id not in known:
+            message = f"bucket: expected a bucket of the catalog ({_listed(known)}), got {bucket_id}"
+            raise HttpError(409, message, "unknown_bucket")
+
     async def drain(self, on: bool) -> dict[str, Any]:
         return await self._change("drain", lambda state: replace(state, draining=on))
 
@@ -212,6 +224,8 @@ class OperatorCommands:
                 f"{field}: expected ids, since the catalog of this node cannot list its objects, got {field}"
             )
             raise HttpError(409, message, "cannot_list")
+        if scope.bucket_id is not None:
+            await self._check(self._check_bucket(scope.bucket_id))
         warming = await self._state.start_warming(scope)
         if warming is None:
             raise HttpError(409, "Another warming is in progress", "already_warming")
@@ -374,8 +388,13 @@ class OperatorQueries:
                 await asyncio.sleep(0)
         usage = await self._state.usage()
         more, page = len(page) > limit, page[:limit]
+        digests = [entry.object_id for entry in page if entry.object_id.is_digest]
+        paths = await asyncio.to_thread(self._paths, digests) if digests else {}
         return {
-            "objects": [_entry_as_json(entry, entry.object_id in pinned) for entry in page],
+            "objects": [
+                _entry_as_json(entry, paths.get(entry.object_id), pinned=entry.object_id in pinned)
+                for entry in page
+            ],
             "next": page[-1].object_id if more else None,
             "total": total,
             "bytes": total_bytes,
@@ -389,7 +408,27 @@ class OperatorQueries:
         """Return all fetches: claimed, queued, in progress or interrupted."""
         fetches = await self._state.fetches()
         downloaded = await asyncio.to_thread(self._downloaded_bytes, [fetch.object_id for fetch in fetches])
-        return {"downloads": [fetch_as_json(fetch, downloaded.get(fetch.object_id, 0)) for fetch in fetches]}
+        digests = [fetch.object_id for fetch in fetches if fetch.object_id.is_digest]
+        paths = await asyncio.to_thread(self._paths, digests) if digests else {}
+        return {
+            "downloads": [
+                fetch_as_json(fetch, downloaded.get(fetch.object_id, 0), paths.get(fetch.object_id))
+                for fetch in fetches
+            ]
+        }
+
+    def _paths(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, str]:
+        """Return the paths of these ids that are known from the volume. Blocking: call from a worker thread."""
+        paths: dict[ObjectId, str] = {}
+        for object_id in object_ids:
+            try:
+                record = self._volume.read_record(object_id) or self._volume.partial_record(object_id)
+            except VolumeError:
+                continue
+            path = path_of(object_id, record)
+            if path is not None:
+                paths[object_id] = path
+        return paths
 
     def _downloaded_bytes(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, int]:
         """Return the sizes of partial files. Blocking: call from a worker thread."""
@@ -417,13 +456,21 @@ def warming_as_json(warming: Warming | None) -> dict[str, Any]:
         "skipped": warming.skipped,
         "skippedFor": dict(warming.skipped_for),
         "failed": warming.failed,
+        "notWarmed": [{"id": object_id, "reason": reason} for object_id, reason in warming.not_warmed],
         "reason": warming.reason,
     }
 
 
-def _entry_as_json(entry: IndexEntry, pinned: bool) -> dict[str, Any]:
+def path_of(object_id: ObjectId, record: StoredRecord | None) -> str | None:
+    """Return the path that the id is the digest of, if it is known: percent-encoded, with its query."""
+    found = object_id.with_path(None if record is None else record.name)
+    return found.path if found.is_digest and found.path != found else None
+
+
+def _entry_as_json(entry: IndexEntry, path: str | None, *, pinned: bool) -> dict[str, Any]:
     return {
         "id": entry.object_id,
+        "path": path,
         "size": entry.size,
         "lastAccess": round(entry.last_access, 3),
         "views": entry.frequency,
@@ -432,9 +479,10 @@ def _entry_as_json(entry: IndexEntry, pinned: bool) -> dict[str, Any]:
     }
 
 
-def fetch_as_json(fetch: Fetch, downloaded: int) -> dict[str, Any]:
+def fetch_as_json(fetch: Fetch, downloaded: int, path: str | None) -> dict[str, Any]:
     return {
         "id": fetch.object_id,
+        "path": path,
         "phase": fetch.phase.value,
         "bytes": downloaded,
         "size": fetch.size,

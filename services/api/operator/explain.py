@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.operator.commands import fetch_as_json
+from distributor_node.services.api.operator.commands import fetch_as_json, path_of
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, VolumeError
 from distributor_node.shared.domain.eviction import Gdsf, PolicyEntry
@@ -71,8 +71,10 @@ class ObjectExplainer:
             }
         else:
             before = {"bytesBefore": None, "objectsBefore": None}
+        path = path_of(object_id, on_volume.record or on_volume.partial_record)
         return {
             "id": object_id,
+            "path": path,
             "state": _state_of(entry, status, on_volume),
             "size": _size_of(entry, status, on_volume),
             "hash": _hash_of(on_volume.record),
@@ -84,7 +86,9 @@ class ObjectExplainer:
             **before,
             "pinned": object_id in pinned,
             "sending": on_volume.sending,
-            "fetch": None if status.fetch is None else fetch_as_json(status.fetch, on_volume.partial_bytes),
+            "fetch": None
+            if status.fetch is None
+            else fetch_as_json(status.fetch, on_volume.partial_bytes, path),
             "failure": None
             if status.failure is None
             else {"reason": status.failure.reason, "secondsLeft": round(status.failure.seconds_left, 3)},
@@ -120,6 +124,7 @@ class ObjectExplainer:
                 record=None if found is None else self._volume.read_record(object_id),
                 sending=self._volume.is_being_sent(object_id),
                 partial_bytes=partial_bytes,
+                partial_record=None if partial is None else self._volume.partial_record(object_id),
             )
         except VolumeError:
             return OnVolume(readable=False)
@@ -131,7 +136,7 @@ async def explanation_in_words(
     """Return the answer as sentences. The catalog is asked about what is not here, for a bounded time."""
     catalog = None
     if explained["state"] in ("absent", "failed"):
-        catalog = await _catalog_says(context, explained["id"])
+        catalog = await _catalog_says(context, explained["id"], explained["failure"])
     return in_words(explained, None if removed is None else removed.model_dump(exclude_none=True), catalog)
 
 
@@ -141,7 +146,7 @@ async def last_removal(store: ReportStore, object_id: ObjectId) -> RemovedObject
     return max((one for one in removals if one.id == object_id), key=lambda one: one.at, default=None)
 
 
-async def _catalog_says(context: ApiContext, object_id: ObjectId) -> str:
+async def _catalog_says(context: ApiContext, object_id: ObjectId, failure: Mapping[str, Any] | None) -> str:
     if not context.catalog.can_have(object_id):
         return "The catalog cannot have an object with such an id."
     try:
@@ -159,8 +164,16 @@ async def _catalog_says(context: ApiContext, object_id: ObjectId) -> str:
         return "The catalog says that it has not been uploaded yet."
     if found.size is not None and found.size > context.settings.storage.largest_cached_size:
         return "It is larger than the largest object that this node caches, so it is always proxied."
-    sources = plural(len(found.sources), "source")
-    return f"The catalog knows it, at {sources}: the first request fetches it."
+    if found.not_stored is not None:
+        return f"Its origin forbids to store it ({found.not_stored}), so it is always proxied."
+    sources = f"The catalog knows it, at {plural(len(found.sources), 'source')}"
+    if failure is None:
+        return f"{sources}: the first request fetches it."
+    until = _time_of_day(time.time() + failure["secondsLeft"])
+    return (
+        f"{sources}. The failure is remembered until {until}, and until then requests are proxied. The first request"
+        " after that fetches it, or the first one after the source has delivered it to a client."
+    )
 
 
 def in_words(
@@ -272,6 +285,10 @@ def _bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def _time_of_day(at: float) -> str:
+    return time.strftime("%H:%M:%S UTC", time.gmtime(at))
+
+
 def _duration(seconds: float) -> str:
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
@@ -287,6 +304,7 @@ class OnVolume:
     record: StoredRecord | None = None
     sending: bool | None = None  # None: it cannot be told
     partial_bytes: int = 0
+    partial_record: StoredRecord | None = None  # the one that the partial file is going to have
     readable: bool = True
 
 

@@ -119,7 +119,8 @@ def _paths() -> Json:
                 _one_of(WARMING_BODIES),
                 "Warming",
                 description="At low priority, and only as long as there is room: nothing is evicted for it.",
-                conflict="Another warming is in progress; without ids, and the catalog cannot list its objects; "
+                conflict="Another warming is in progress; a bucket that the catalog does not have; without ids, "
+                "and the catalog cannot list its objects; "
                 f"{_SHUTTING_DOWN}",
             ),
             **_query("warming", "Progress of the latest warming", "Warming"),
@@ -246,6 +247,13 @@ _FLAG: Json = {"type": "boolean"}
 _OBJECT_ID = ref("schemas", "ObjectId")
 
 
+_PATH_OF_ID = {
+    "type": ["string", "null"],
+    "description": "The path of which `id` is the digest, percent-encoded, with its query. Null: `id` is the name "
+    "itself, or the path is not known.",
+}
+
+
 def _number(description: str) -> Json:
     return {"type": "number", "description": description}
 
@@ -309,15 +317,20 @@ SCHEMAS: dict[str, Any] = {
             "additionalProperties": count(),
             "description": "How many were skipped, by reason. `stored`: cached already. `unknown`, `not_uploaded`, "
             "`unassigned`: as the catalog says. `too_large`: or of unknown size. `kept_by_peer`: another node of the "
-            "fleet keeps it. `no_room`.",
+            "fleet keeps it. `no_room`. `malformed`: the catalog has no such ids.",
         },
         failed=count(),
+        notWarmed=array(
+            _closed(id=_OBJECT_ID, reason=_TEXT),
+            description="The first objects that are not here afterwards, each with one of these reasons, or `failed`.",
+        ),
         reason={**_TEXT, "description": "Why it ended early, if it did."},
     ),
     "Page": _closed(
         objects=array(
             _closed(
                 id=_OBJECT_ID,
+                path=_PATH_OF_ID,
                 size=count(),
                 lastAccess=_number("POSIX seconds."),
                 views=count(),
@@ -335,6 +348,7 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Download": _closed(
         id=_OBJECT_ID,
+        path=_PATH_OF_ID,
         phase={"enum": ["claimed", "queued", "fetching", "parked"]},
         bytes=count("On disk."),
         size=count("Of the object; 0 before its fetch has started."),
@@ -353,6 +367,7 @@ SCHEMAS: dict[str, Any] = {
             "say of an object that is not here.",
         },
         id=_OBJECT_ID,
+        path=_PATH_OF_ID,
         state={
             "enum": [
                 "stored",

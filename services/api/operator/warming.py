@@ -40,12 +40,16 @@ _MOST_FETCHES = 5
 """Fetches of one object that may end before it is complete: for lack of clients, or because a fetcher refused it."""
 _LISTING_ATTEMPTS, _LISTING_RETRY_DELAY = 3, 5.0
 
+_MOST_NAMED = 10
+"""Objects that were not fetched whose ids a warming keeps."""
+
 logger = structlog.get_logger()
 
 
 class _Skipped(StrEnum):
     """Why an object is not fetched, besides its ObjectState."""
 
+    MALFORMED = "malformed"  # this catalog has no such ids
     TOO_LARGE = "too_large"  # or of unknown size
     KEPT_BY_PEER = "kept_by_peer"
     NO_ROOM = "no_room"
@@ -53,6 +57,9 @@ class _Skipped(StrEnum):
 
 _Outcome = Literal["done", "failed"] | ObjectState | _Skipped
 """What became of an object. The last two: it was skipped."""
+
+
+_NOT_MISSING: frozenset[_Outcome] = frozenset({"done", ObjectState.STORED, _Skipped.KEPT_BY_PEER})
 
 
 @dataclass(slots=True)
@@ -65,8 +72,11 @@ class _Progress:
     def add_object(self) -> None:
         self.now = replace(self.now, total=self.now.total + 1)
 
-    def end(self, outcome: _Outcome) -> None:
-        """Count what became of one object."""
+    def end(self, outcome: _Outcome, object_id: ObjectId) -> None:
+        """Count what became of one object, and name it if it is missing afterwards."""
+        if outcome not in _NOT_MISSING and len(self.now.not_warmed) < _MOST_NAMED:
+            named = (*self.now.not_warmed, (str(object_id), str(outcome)))
+            self.now = replace(self.now, not_warmed=named)
         now = self.now
         if outcome == "done":
             self.now = replace(now, done=now.done + 1)
@@ -169,12 +179,13 @@ class CacheWarmer:
         async for batch in self._list(progress.now.scope):
             for known in batch:
                 progress.add_object()
-                if known is None:
-                    progress.end(ObjectState.UNKNOWN)
+                if not isinstance(known, MediaObject):
+                    can_be = self._context.catalog.can_have(known)
+                    progress.end(ObjectState.UNKNOWN if can_be else _Skipped.MALFORMED, known)
                     continue
                 skipped = await self._reason_to_skip(known, room, named=named)
                 if skipped is not None:
-                    progress.end(skipped)
+                    progress.end(skipped, known.object_id)
                     continue
                 room -= footprint(known.size or 0)
                 progress.planned.append(known)
@@ -194,11 +205,12 @@ class CacheWarmer:
             return ObjectState.STORED
         return _Skipped.NO_ROOM if footprint(size) > room else None
 
-    async def _list(self, scope: WarmingScope) -> AsyncIterator[Sequence[MediaObject | None]]:
+    async def _list(self, scope: WarmingScope) -> AsyncIterator[Sequence[MediaObject | ObjectId]]:
+        """Yield the objects of the scope; the id where the catalog does not know it."""
         catalog = self._context.catalog
         if scope.object_ids is not None:
             for object_id in scope.object_ids:
-                yield [await catalog.look_up(object_id)]
+                yield [await catalog.look_up(object_id) or object_id]
             return
         assignment = self._context.assignment.current
         if scope.bucket_id is not None:
@@ -214,7 +226,7 @@ class CacheWarmer:
             listed = progress.planned.popleft()
             while (outcome := await self._outcome(listed, progress)) is None:
                 pass
-            progress.end(outcome)
+            progress.end(outcome, listed.object_id)
 
     async def _outcome(self, listed: MediaObject, progress: _Progress) -> _Outcome | None:
         """Fetch one object. None, after a pause: to be tried again."""

@@ -168,6 +168,10 @@ class FailoverReader:
         """Return what one source answers to a GET with these headers, without a body. Raises SourceError."""
         return await self._client.ask(url, headers)
 
+    def asks_peers(self, object_id: ObjectId, use: PeerUse) -> bool:
+        """Whether peers are asked for the object before its sources."""
+        return self._peers is not None and bool(self._hops(self._peers, object_id, use))
+
     def is_of_peer(self, url: str) -> bool:
         """Whether the URL is of a peer's copy, and not of a source's."""
         return self._peers is not None and self._peers.has(url)
