@@ -325,8 +325,13 @@ class PublicProtocol(HttpProtocol):
         return not transport.is_closing() and not transport.get_write_buffer_size()
 
     def _progress(self) -> object:
-        """Return a value that changes with progress, in addition to stage and unsent bytes."""
-        return self.state["requests_count"]
+        """Return a value that changes with progress, in addition to stage and unsent bytes.
+
+        What a client reads of a streamed body is replaced at once. So as many bytes may be unsent at each look at a
+        client that reads all the time.
+        """
+        request: Request | None = None if self._http is None else getattr(self._http, "request", None)
+        return self.state["requests_count"], None if request is None else request_record(request).sent
 
     def connection_made(self, transport: Any) -> None:
         """Does what Sanic's does, but for the task and its description of the connection: see `_begin`."""

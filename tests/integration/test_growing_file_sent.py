@@ -14,6 +14,7 @@ import pytest
 
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from distributor_node.services.api.assets.response import CHUNK_BYTES
+from distributor_node.services.api.protocol import PublicProtocol
 from tests.counters import counted
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
@@ -226,3 +227,21 @@ async def test_a_connection_is_as_before_after_a_body_from_a_file(
                 await fetch.complete()
             assert await reader.readexactly(SIZE) == harness.data["1"]
     assert sendfile.total > 0
+
+
+async def test_a_client_that_reads_steadily_is_not_taken_for_one_that_reads_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte that it reads is replaced at once: as many are unsent as before."""
+    monkeypatch.setattr(PublicProtocol, "_unsent", lambda _: 150_000)
+    async with assets_harness(tmp_path, fast_lane=False, send_stall_limit=1.0) as harness:
+        harness.add("1", SIZE)
+        fetch = await harness.begin("1", written=SIZE - 1)
+        steady, silent = Client(harness, receive_buffer=8 * KIB), Client(harness, receive_buffer=8 * KIB)
+        await silent.ask()
+        await steady.ask()
+        reading = asyncio.create_task(steady.read(pause=0.004, piece=32 * KIB))
+        await asyncio.sleep(1.5)
+        await fetch.complete()
+        assert await reading == harness.data["1"]
+        assert len(await silent.read()) < SIZE

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from pamqp.common import FieldTable
 
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.adapters.queue_rabbitmq.connection import Topology
@@ -56,6 +57,15 @@ async def test_a_message_is_persistent_and_carries_attempt_and_request_id(
 _JOB = encode_job(make_job())
 
 
+class NotUtf8(str):
+    """A text as another client may send it."""
+
+    __slots__ = ()
+
+    def encode(self, *_: object) -> bytes:
+        return b"\xff\xfe"
+
+
 @pytest.mark.parametrize(
     ("body", "headers"),
     [
@@ -66,6 +76,7 @@ _JOB = encode_job(make_job())
         (_JOB, {"x-distributor-attempt": "many"}),
         (_JOB, {"x-distributor-attempt": 0}),
         (_JOB, {"x-distributor-request-id": 7}),
+        (b"[]", {"x-not-utf-8": NotUtf8("ab"), "x-within": {"list": [NotUtf8("ab")]}}),
     ],
 )
 async def test_poison_is_dead_lettered_as_it_came_and_consumption_goes_on(
@@ -73,7 +84,7 @@ async def test_poison_is_dead_lettered_as_it_came_and_consumption_goes_on(
     topology: Topology,
     channel: AbstractChannel,
     body: bytes,
-    headers: dict[str, int | str],
+    headers: FieldTable,
 ) -> None:
     await queue.ping()
     await queue.publish(make_job("before"))

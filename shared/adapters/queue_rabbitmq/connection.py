@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPError, ChannelPrecond
 from aiormq.abc import AbstractChannel as AmqpChannel
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
-from pamqp.common import Arguments, FieldTable
+from pamqp.common import Arguments, FieldTable, FieldValue
+from pamqp.encode import encode_table_value
 
 from distributor_node.shared.domain.errors import ConfigurationError, InvalidJob, JobQueueUnavailable
 from distributor_node.shared.domain.jobs import FetchJob, RetryPlan, decode_job, encode_job
@@ -249,12 +251,24 @@ def to_dead_letter(message: DeliveredMessage, reason: str) -> Message:
     given = message.header.properties
     properties = Basic.Properties(
         content_type=given.content_type,
-        headers={**(given.headers or {}), REASON_HEADER: reason[:_MAX_TEXT]},
+        headers={
+            **{name: _encodable(value) for name, value in (given.headers or {}).items()},
+            REASON_HEADER: reason[:_MAX_TEXT],
+        },
         delivery_mode=DeliveryMode.PERSISTENT,
         correlation_id=given.correlation_id,
         message_id=_new_message_id(),
     )
     return Message(message.body, properties)
+
+
+def _encodable(value: FieldValue) -> FieldValue:
+    """A header as it can be sent; as text if pamqp reads it but does not write it, as a string that is not UTF-8."""
+    try:
+        encode_table_value(value)
+    except (TypeError, ValueError, OverflowError, struct.error):
+        return repr(value)[:_MAX_TEXT]
+    return value
 
 
 def _new_message_id() -> str:
