@@ -45,8 +45,8 @@ WANT_INTERVAL = 1.0
 """Seconds after which a client that still waits for a byte says so again."""
 
 LOOK_BYTES, LOOK_SECONDS = 1024 * 1024, 0.02
-"""Bytes that are sent after one look at the file, and seconds within which. A file whose content is replaced is emptied,
-and the new content has another file: what is sent of the old one in between is right, or nothing."""
+"""Bytes that are sent after one look at the file, and seconds within which. Where content is replaced, its file is
+emptied, and the new content has another file: what is sent in between is right, or nothing."""
 
 LOCK_RETRY_INTERVAL = 0.5
 """Seconds between attempts to lock a verified file against removal, if no event comes before. Less than any
