@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -51,10 +49,8 @@ def former(tmp_path: Path) -> Path:
     assert FORMER is not None
     folder = tmp_path / "former"
     folder.mkdir()
-    with tarfile.open(
-        fileobj=BytesIO(git("archive", FORMER, "distributor_node", "services", "shared"))
-    ) as archive:
-        archive.extractall(folder, filter="tar")
+    archive = git("archive", FORMER, "distributor_node", "services", "shared")
+    subprocess.run(["tar", "--extract", "--directory", str(folder)], input=archive, check=True)
     return folder
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +136,7 @@ def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     folder = tmp_path_factory.mktemp("former")
     archive = subprocess.run(["git", "archive", FORMER], cwd=ROOT, check=True, capture_output=True).stdout
-    (folder / "tree.tar").write_bytes(archive)
-    with tarfile.open(folder / "tree.tar") as tar:
-        tar.extractall(folder, filter="tar")
+    subprocess.run(["tar", "--extract", "--directory", str(folder)], input=archive, check=True)
     return folder
 
 
