@@ -192,7 +192,7 @@ async def test_warming_fetches_the_assignment(harness: JoystreamHarness, scope: 
     # The list says that it holds what is not accepted yet; the look-up knows better.
     assert {**(await operator.query("warm")), "reason": ""} == {
         "state": "finished", "total": 6, "done": 5, "skipped": 1, "failed": 0, "reason": "",
-        "skippedFor": {"not_uploaded": 1},
+        "skippedFor": {"not_uploaded": 1}, "notWarmed": [{"id": "901", "reason": "not_uploaded"}],
     }  # fmt: skip
     for item in items:
         assert (await get(harness.stack.url(item.object_id), method="HEAD")).headers["x-cache"] == "hit"

@@ -27,8 +27,10 @@ async def test_a_stream_that_was_passed_writes_nothing(tmp_path: Path) -> None:
         faults.add(late, Match(ranged=True, nth=1))
         faults.add(Fault(bytes_per_second=4 * MIB))
         fetching = start(harness)
-        with viewers(harness, 3 * MIB, 3 * MIB + MIB // 2):
-            assert await fetching == Ack("fetched")
+        with viewers(harness, 3 * MIB):
+            await harness.nodes[0].requests.wait_for(lambda log: len(log) == 2)
+            with viewers(harness, 3 * MIB + MIB // 2):
+                assert await fetching == Ack("fetched")
         ranges = [record.range for record in harness.nodes[0].requests]
         assert (ranges[1] or "").startswith(f"bytes={3 * MIB}-"), ranges
         assert harness.stored() == DATA

@@ -21,7 +21,7 @@ from distributor_node.shared.settings.model import METRICS_PORTS
 ROOT = Path(__file__).parents[2]
 AS_PERCENT = "state_store.url: expected redis://user:password@host:port/…, with / ? # @"
 SECRET = "hunter2-hunter2-hunter2"
-VALID = {"DISTRIBUTOR_CATALOG__MANIFEST": "manifest.yaml"}
+VALID = {"DISTRIBUTOR_CATALOG__MANIFEST": "/of-another-machine/manifest.yaml"}
 
 
 def load(text: str | None = None, folder: Path | None = None, /, **environment: str) -> Settings:
