@@ -211,8 +211,8 @@ class AllSourcesFailed(SourceError):
         )
 
     @property
-    def range_ignored(self) -> bool:
-        """Whether a source ignored such a range: it has the object, and sends it in order."""
+    def has_source_in_order(self) -> bool:
+        """Whether a source ignored such a range: it has the object, and sends it from its first byte on alone."""
         return any(isinstance(error, SourceIgnoresRange) for error in self.errors.values())
 
     @property

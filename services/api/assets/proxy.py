@@ -520,7 +520,7 @@ def _source_failure(error: AllSourcesFailed, response: ResponseWriter) -> HttpEr
             " accept",
             "encoded",
         )
-    if error.range_ignored:
+    if error.has_source_in_order:
         return RangeOutOfReach()
     return HttpError(502, "No source could deliver the object", "sources_failed")
 

@@ -328,8 +328,7 @@ class _Slabs:
         self._end += count
         if len(self._view) - self._end < _MIN_SLAB_READ:
             self._full.append(self._view[self._first : self._end])
-            self._view = memoryview(b"")
-            self._first = self._end = 0
+            self._view = memoryview(b"")  # `free` begins the next one
 
     def take(self) -> memoryview:
         """Return the oldest bytes, as many as lie together."""
