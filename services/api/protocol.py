@@ -9,12 +9,14 @@ import asyncio
 import fcntl
 import os
 import re
+import socket
 import struct
 import termios
+from dataclasses import dataclass
 from time import monotonic, time
-from typing import Any
+from typing import Any, Self
 
-from sanic import Request
+from sanic import Request, Sanic
 from sanic.exceptions import BadRequest, RequestTimeout, ServiceUnavailable
 from sanic.http import Http, Stage
 from sanic.models.server_types import ConnInfo
@@ -251,46 +253,71 @@ def peer_of(transport: asyncio.BaseTransport | None) -> str:
     return str(peername[0]) if isinstance(peername, tuple) else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Timeouts of a connection, in seconds, each enforced up to a quarter late."""
+
+    request: float  # for a whole head, however slowly it arrives
+    response: float  # for a response that the client does not read
+    keep_alive: float  # for an idle connection
+    check_interval: float  # from one look at the connection to the next
+
+    @classmethod
+    def of(cls, application: Sanic[Any, Any]) -> Self:
+        config = application.config
+        timeouts = (config.REQUEST_TIMEOUT, config.RESPONSE_TIMEOUT, config.KEEP_ALIVE_TIMEOUT)
+        return cls(*timeouts, max(0.02, min(_MAX_CHECK_INTERVAL, min(timeouts) / 4)))
+
+
 class PublicProtocol(HttpProtocol):
-    """A connection with these timeouts, in seconds, each enforced up to a quarter late:
+    """A connection with timeouts. Sanic counts them from the last call of `send`. That aborts a paused player, and lets
+    a slow head live for ever.
 
-    - `request_timeout` for a whole head, however slowly it arrives
-    - `response_timeout` for a response that the client does not read
-    - `keep_alive_timeout` for an idle connection
-
-    Sanic counts from the last call of `send`. That aborts a paused player, and lets a slow head live for ever.
-
-    Sanic's task for the connection begins with the first bytes that are for it. It costs a third of what a new
-    connection costs, and most clients ask for hits alone.
+    Sanic's part of the connection, with its task, begins with the first bytes that are for it (`_begin`). It costs half
+    of what a new connection costs, and most clients ask for hits alone.
     """
 
     HTTP_CLASS = ApiHttp
     for_peers = False  # whether this is the port for the other nodes of the fleet
     __slots__ = (
         "_abort_reason",
-        "_check_interval",
         "_half_closed",
         "_since",
         "_slow_clients",
+        "_timeouts",
         "_watched",
         "draining",
     )  # Sanic's metaclass leaves no __dict__
 
-    def __init__(self, **named: Any) -> None:
-        super().__init__(**named)
+    def __init__(
+        self,
+        connection: socket.socket,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        app: Sanic[Any, Any],
+        connections: set[Any],
+        timeouts: Timeouts,
+    ) -> None:
+        """`connection`: the accepted socket, which the transport closes. `connections`: has this one while it is open.
+
+        Sanic's own initialisation follows in `_begin`. Until then, only the attributes set here are there.
+        """
+        self.loop, self.app, self.connections = loop, app, connections
+        self.transport: Any = None
+        self.conn_info: ConnInfo | None = None
+        self._can_write = asyncio.Event()
+        self._can_write.set()
+        self._task: asyncio.Task[None] | None = None
+        self._time = 0.0
         self._http: ApiHttp | None = None  # until Sanic's task has started; the client may leave before
+        self._callback_check_timeouts: Any = None
         self._abort_reason: str | None = None
         self._half_closed = False  # the client has sent all its requests
         self._watched: tuple[object, ...] = ()
         self._since = 0.0
-        self._slow_clients: SlowClients | None = getattr(self.app.ctx, "slow_clients", None)
+        self._slow_clients: SlowClients | None = getattr(app.ctx, "slow_clients", None)
+        self._timeouts = timeouts
         self.draining = False
-        self._check_interval = min(
-            _MAX_CHECK_INTERVAL,
-            self.keep_alive_timeout / 4,
-            self.request_timeout / 4,
-            self.response_timeout / 4,
-        )
 
     def check_timeouts(self) -> None:
         """Enforce the timeouts. Reschedules itself until the connection ends."""
@@ -309,8 +336,8 @@ class PublicProtocol(HttpProtocol):
             self._check_later()
 
     def _check_later(self) -> None:
-        self._callback_check_timeouts: Any = self.loop.call_later(
-            max(0.02, self._check_interval), self.check_timeouts
+        self._callback_check_timeouts = self.loop.call_later(
+            self._timeouts.check_interval, self.check_timeouts
         )
 
     def _can_bypass(self) -> bool:
@@ -330,7 +357,9 @@ class PublicProtocol(HttpProtocol):
         What a client reads of a streamed body is replaced at once. So as many bytes may be unsent at each look at a
         client that reads all the time.
         """
-        request: Request | None = None if self._http is None else getattr(self._http, "request", None)
+        if self._http is None:
+            return None
+        request: Request | None = getattr(self._http, "request", None)
         return self.state["requests_count"], None if request is None else request_record(request).sent
 
     def connection_made(self, transport: Any) -> None:
@@ -349,8 +378,10 @@ class PublicProtocol(HttpProtocol):
 
     def _begin(self) -> None:
         """Let Sanic serve the connection. It is described from now on."""
-        transport: Any = self.transport
-        self.conn_info = ConnInfo(transport, unix=self._unix)
+        kept = self.transport, self._can_write, self._callback_check_timeouts
+        super().__init__(loop=self.loop, app=self.app, connections=self.connections)
+        self.transport, self._can_write, self._callback_check_timeouts = kept
+        self.conn_info = ConnInfo(self.transport)
         self._task = self.loop.create_task(self.connection_task())  # type: ignore[no-untyped-call]
 
     def _setup_connection(self) -> None:
@@ -375,7 +406,8 @@ class PublicProtocol(HttpProtocol):
         A client that has closed both sides looks the same. It is noticed by the first write.
         """
         self._half_closed = True
-        self._data_received.set()
+        if self.conn_info is not None:
+            self._data_received.set()
         if not self._is_idle():
             return True
         if self.transport is not None and self.transport.get_write_buffer_size():
@@ -418,14 +450,14 @@ class PublicProtocol(HttpProtocol):
         seconds since the last byte in either direction.
         """
         if unsent:
-            if unchanged > self.response_timeout:
+            if unchanged > self._timeouts.response:
                 self.abort_response("client_stalled")
                 return True
         elif http is None or http.stage is Stage.IDLE:
-            if silent > self.keep_alive_timeout:
+            if silent > self._timeouts.keep_alive:
                 return self._cancel()
         elif http.stage is Stage.REQUEST or (http.stage is Stage.HANDLER and http.request_body):
-            if unchanged > self.request_timeout:
+            if unchanged > self._timeouts.request:
                 http.exception = RequestTimeout("")
                 return self._cancel()
         elif http.stage is Stage.HANDLER and unchanged > RESPONSE_START_TIMEOUT:

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 from sanic import Sanic
-from sanic.server import AsyncioServer, HttpProtocol
+from sanic.server import AsyncioServer
 
 from distributor_node.services.api.graceful_shutdown import (
     DRAIN_TIMEOUT,
@@ -29,7 +29,7 @@ from distributor_node.services.api.listen import (
     listen_unless_listening,
     stop_listening,
 )
-from distributor_node.services.api.protocol import PublicProtocol
+from distributor_node.services.api.protocol import PublicProtocol, Timeouts
 from distributor_node.services.api.sanic_app import ApiApplication, prepare_start
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.runtime.process import descriptor_ceiling
@@ -231,7 +231,7 @@ class AcceptLoop:
     def __init__(
         self,
         listener: socket.socket,
-        make_protocol: Callable[[], asyncio.BaseProtocol],
+        make_protocol: Callable[[socket.socket], asyncio.BaseProtocol],
         backlog: int,
         ceiling: int | None = None,
         requests_wait: Callable[[], bool] = lambda: False,
@@ -339,7 +339,7 @@ class AcceptLoop:
 
     async def _connect(self, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+            await self._loop.connect_accepted_socket(partial(self._make_protocol, connection), connection)
         except OSError:
             connection.close()  # the client has left already
 
@@ -347,7 +347,7 @@ class AcceptLoop:
 def create_accepting_server(
     application: Sanic[Any, Any],
     bound: socket.socket,
-    protocol: type[HttpProtocol],
+    protocol: type[PublicProtocol],
     connections: set[Any],
     backlog: int,
 ) -> Any:
@@ -356,8 +356,8 @@ def create_accepting_server(
     `sanic.server.serve` would let the loop accept. `Sanic.create_server` would configure logging and signals.
     """
     loop = asyncio.get_running_loop()
-    make_protocol = partial(protocol, loop=loop, connections=connections, app=application)
-
+    timeouts = Timeouts.of(application)
+    make_protocol = partial(protocol, loop=loop, connections=connections, app=application, timeouts=timeouts)
     turns: TurnBudget = application.ctx.turns
 
     async def accept() -> AcceptLoop:

@@ -55,7 +55,7 @@ async def listen() -> AsyncIterator[Listen]:
     accept_loops: list[AcceptLoop] = []
 
     def start(listener: socket.socket, requests_wait: Callable[[], bool] = lambda: False) -> AcceptLoop:
-        accept_loops.append(AcceptLoop(listener, Greeter, 1024, requests_wait=requests_wait))
+        accept_loops.append(AcceptLoop(listener, lambda _: Greeter(), 1024, requests_wait=requests_wait))
         return accept_loops[-1]
 
     yield start

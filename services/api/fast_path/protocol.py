@@ -56,10 +56,11 @@ class FastPathProtocol(PublicProtocol):
 
     __slots__ = ("_buffered", "_fast_path", "_peer", "_socket", "_transfer", "_transfer_task")
 
-    def __init__(self, **named: Any) -> None:
-        super().__init__(**named)
+    def __init__(self, connection: socket.socket, **named: Any) -> None:
+        super().__init__(connection, **named)
         self._fast_path: FastPath | None = getattr(self.app.ctx, "fast_path", None)
-        self._socket: socket.socket | None = None
+        # The socket itself, for calls that transports do not offer. The transport closes it.
+        self._socket: socket.socket | None = connection if self._fast_path is not None else None
         self._transfer: _Transfer | None = None
         self._transfer_task: asyncio.Task[None] | None = None
         self._buffered = bytearray()
@@ -67,19 +68,11 @@ class FastPathProtocol(PublicProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        connection = transport.get_extra_info("socket")
-        if self._fast_path is not None and connection is not None:
-            # A second object for the transport's socket, for calls that transports do not offer. It is never closed.
-            self._socket = socket.socket(
-                connection.family, socket.SOCK_STREAM, connection.proto, fileno=connection.fileno()
-            )
-            if self._fast_path.needs_peer:
-                self._peer = peer_of(transport)
+        if self._fast_path is not None and self._fast_path.needs_peer:
+            self._peer = peer_of(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._socket is not None:
-            self._socket.detach()
-            self._socket = None
+        self._socket = None
         if self._transfer_task is not None:
             self._transfer_task.cancel()
         super().connection_lost(exc)
