@@ -73,6 +73,10 @@ _WRITEBACK_AFTER = 64 * 1024 * 1024
 """Bytes of a stream from which on the disk is told. So many are synced in a moment. While they arrive, a client may
 wait for them, and where it takes the same CPUs, it would wait for the disk too."""
 
+_WRITEBACK_AT_ONCE = 256 * 1024 * 1024
+"""Bytes of an object from which on the disk is told from the beginning: a fetch of so many ends no sooner than the disk
+has taken them."""
+
 _MIN_WRITE = 64 * 1024
 """Mean bytes of a piece below which the pieces of a batch are joined. Joining copies, so larger ones are not."""
 
@@ -223,7 +227,9 @@ class Download:
             lambda: PartialWriter(self._partial, None, self._renewer, self._disk),
         )
         size, verified = self._partial.record.size, None
-        window = nullcontext() if self._window is None else self._window.running()
+        window = (
+            nullcontext() if self._window is None else self._window.running(resumed=self._partial.total > 0)
+        )
         async with window, side.running(sources, self._window):
             try:
                 while position < size and verified is None:
@@ -510,6 +516,7 @@ class PartialWriter:
 
     async def _write_batches(self, offset: int) -> None:
         first, began_at, handed_over = True, offset, offset
+        writeback_after = 0 if self._partial.record.size >= _WRITEBACK_AT_ONCE else _WRITEBACK_AFTER
         while await self._wait_for_batch():
             batch, self._pending = self._pending, []
             length, self._pending_bytes = self._pending_bytes, 0
@@ -525,7 +532,7 @@ class PartialWriter:
                 self.on_written(offset, offset + length)
             offset += length
             if (
-                offset - began_at > _WRITEBACK_AFTER
+                offset - began_at > writeback_after
                 and offset - handed_over >= _WRITEBACK_BYTES
                 and (self._writeback is None or self._writeback.done())
             ):

@@ -74,9 +74,13 @@ class ViewerWindow:
         self._changed, self._urgent = asyncio.Event(), asyncio.Event()
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Follow the viewers during the block. Ends it and raises FetchPaused when the fetch is to end."""
-        await self._look(self._clock())  # of a fetch that is resumed, enough may be there
+    async def running(self, *, resumed: bool) -> AsyncIterator[None]:
+        """Follow the viewers during the block. Ends it and raises FetchPaused when the fetch is to end.
+
+        `resumed`: there are bytes of an earlier attempt. They may be enough, so the first look is waited for.
+        """
+        if resumed:
+            await self._look(self._clock())
         watching = asyncio.create_task(self._watch(), name=f"window-{self._object_id}")
         async with ended_by(watching):
             yield

@@ -26,7 +26,7 @@ from distributor_node.services.fetcher.side_streams import SideStreamPlaces
 from distributor_node.services.fetcher.window import WindowLimits
 from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import Followed, Viewer, footprint
+from distributor_node.shared.domain.space import Followed, Followers, Viewer, footprint
 from distributor_node.shared.ports.state_store import FetchPhase, Granted, NoSpace
 from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness
 from tests.waiting import eventually
@@ -135,6 +135,24 @@ async def test_it_follows_its_viewer_on_one_connection(harness: Harness) -> None
         assert await fetching == Ack("fetched")
     assert harness.stored() == DATA
     assert ranges(harness) == [None]
+
+
+async def test_its_first_request_does_not_wait_until_its_viewers_are_known(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = harness.state.followers
+
+    async def is_asked() -> bool:
+        return bool(harness.nodes[0].requests)
+
+    async def followers(object_id: ObjectId) -> Followers:
+        await eventually(is_asked)
+        return await known(object_id)
+
+    monkeypatch.setattr(harness.state, "followers", followers)
+    await claim(harness)
+    with viewers(harness, SIZE - MIB):
+        assert await start(harness) == Ack("fetched")
 
 
 async def test_without_viewers_it_ends_and_keeps_what_it_has(harness: Harness) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,18 @@ async def test_the_disk_is_told_nothing_of_what_is_synced_in_a_moment(bench: Ben
         for _ in range(64):
             await writer.put(bytes(MIB))
     assert not file.handed_over
+    file.close()
+
+
+async def test_the_disk_takes_the_bytes_of_a_huge_object_from_the_beginning(bench: Bench) -> None:
+    file = bench.open(256 * MIB)
+    with suppress(asyncio.CancelledError):
+        async with (writer := bench.writer(file)).writing(0):
+            for _ in range(40):
+                await writer.put(bytes(MIB))
+            raise asyncio.CancelledError  # the rest would make no difference
+    assert file.handed_over[0][0] == 0
+    assert file.handed_over[0][1] < 20 * MIB
     file.close()
 
 
