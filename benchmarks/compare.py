@@ -47,7 +47,7 @@ _NEW_FIGURES = {
 }
 _STORED_SECONDS = 120.0
 _DEFAULT = ("hit-4k", "hit-64k", "range-1g", "not-modified", "head")
-_HIT_FIGURES = {"cpu_us_per_request": "CPU a request", "requests_per_second": "requests/s"}
+_HIT_FIGURES = {"cpu_us_per_request": "CPU a request", "requests_per_second": "requests/s", "p99_ms": "p99"}
 
 
 class Standalone:
