@@ -391,6 +391,12 @@ class StoredRecord:
         return replace(self, etag=entity_tag(self.content_hash, kept), validators=kept)
 
 
+def path_of(object_id: ObjectId, record: StoredRecord | None) -> str | None:
+    """Return the path that the id is the digest of, if it is known: percent-encoded, with its query."""
+    found = object_id.with_path(None if record is None else record.name)
+    return found.path if found.is_digest and found.path != found else None
+
+
 def record_for_file(
     known: MediaObject, size: int, head: bytes, stored_at: float, stated_type: str | None = None
 ) -> StoredRecord:
