@@ -22,7 +22,7 @@ from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.shared.adapters.volume import Removal, RemovalState, TrashedFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import DIGEST_PREFIX, ObjectId
 from distributor_node.shared.domain.space import EvictionReason, footprint
 from distributor_node.shared.observability.metrics import EVICTED_BYTES, EVICTIONS
 from distributor_node.shared.ports.state_store import StateStore, Term
@@ -261,7 +261,7 @@ class ObjectRemover:
 
     async def paths_of(self, object_ids: Sequence[ObjectId]) -> Mapping[ObjectId, str]:
         """Read the paths that ids are the digests of, for who asks what was removed: their records go as well."""
-        digests = [object_id for object_id in object_ids if object_id.is_digest]
+        digests = [object_id for object_id in object_ids if object_id.startswith(DIGEST_PREFIX)]
         return await run_blocking(_paths_of, self._volume, digests) if digests else {}
 
     def record_removed(
