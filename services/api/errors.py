@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from distributor_node.shared.domain.errors import SourceError
+
 RETRY_LATER: Mapping[str, str] = {"Retry-After": "5"}
 """Headers of a 503 that is expected to be short. Seconds."""
 
@@ -32,11 +34,21 @@ class HttpError(Exception):
 class RangeOutOfReach(HttpError):
     """A source has the object, but sends it from its first byte on alone, and the range begins too far from there.
 
-    Nothing has been sent. A fetch of the object may still bring the range.
+    Nothing has been sent. A fetch of the object may still bring the range. `home`: what the node of the fleet failed
+    with that fetches it, if it was asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, home: SourceError | None = None) -> None:
         super().__init__(502, "No source could deliver the object", "sources_failed")
+        self.home = home
+
+
+class RangeNotFetchedYet(HttpError):
+    """A source sends no ranges, and the fetch of the object reaches this one later."""
+
+    def __init__(self, headers: Mapping[str, str] = RETRY_LATER) -> None:
+        message = "The source sends no ranges, and the fetch of the object has not reached this one yet"
+        super().__init__(503, message, "range_not_fetched_yet", headers)
 
 
 class AbortResponse(Exception):

@@ -395,12 +395,14 @@ class TracedAssets:
                     await self._assets.handle(request, object_id)
             except Exception as error:  # noqa: BLE001  raised after the span: a 404 is no failure of the server
                 failure = error
-            response = getattr(request.stream, "response", None)
-            if response is not None:
-                span.set("http.response.status_code", response.status)
-                span.set("http.response.body.size", record.sent or 0)
-                span.set("distributor.cache", response.headers.get("X-Cache"))
-                span.set("distributor.data_source", response.headers.get("X-Data-Source"))
+            finally:
+                # Also when it is cancelled: a client that has everything may leave before the response has ended here.
+                response = getattr(request.stream, "response", None)
+                if response is not None:
+                    span.set("http.response.status_code", response.status)
+                    span.set("http.response.body.size", record.sent or 0)
+                    span.set("distributor.cache", response.headers.get("X-Cache"))
+                    span.set("distributor.data_source", response.headers.get("X-Data-Source"))
             if isinstance(failure, AbortResponse):
                 span.fail(failure.reason)
             elif failure is not None:

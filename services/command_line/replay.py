@@ -80,6 +80,15 @@ Window = Annotated[
 WindowAbove = Annotated[
     str, typer.Option("--window-above", help="Size above which objects are fetched with a window.")
 ]
+PathPrefix = Annotated[
+    str | None,
+    typer.Option(
+        "--path-prefix",
+        metavar="PREFIX",
+        help="What is in front of the objects' paths in common, combined and Caddy's logs, such as / or /media/;"
+        " without it, all up to /assets/.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Picture = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE.svg", help="Write the chart to this file.")
@@ -99,6 +108,7 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     compare: Compared = "",
     window: Window = "8M",
     window_above: WindowAbove = "16M",
+    path_prefix: PathPrefix = None,
     as_json: AsJson = False,
 ) -> None:
     """Try policies, cache sizes and settings on your own access logs."""
@@ -118,7 +128,9 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     settings += [Setting(name) for name in _compared(compare)]
     own = _own_node(config) if config is not None else None
     window_tried = _window(window, window_above)
-    request = ReplayRequest(logs, size, settings, sizes, sample, picture, own, window_tried, as_json)
+    request = ReplayRequest(
+        logs, size, settings, sizes, sample, picture, own, window_tried, as_json, path_prefix
+    )
     print(run_replay(request, Console(stderr=True)), end="")
 
 

@@ -423,7 +423,7 @@ def _removed(removed: Sequence[Mapping[str, Any]], now: float, width: int) -> li
     rows = [
         (
             f"{duration(max(0.0, now - one['at']))} ago",
-            one["id"],
+            one.get("path") or one["id"],
             size(one.get("size", one["bytes"])),
             one["words"],
         )

@@ -198,10 +198,12 @@ class Eviction:
         partials = [victim for victim in victims if victim.partial]
         objects = [victim for victim in victims if not victim.partial]
         outcomes = list(await self._remover.evict_batch(term, objects, self._rules.min_idle))
+        paths = await self._remover.paths_of([victim.object_id for victim in partials])
         for victim in partials:
             outcomes.append(await self._reaper.evict(term, victim.object_id))
             if outcomes[-1] is RemovalOutcome.REMOVED:
-                self._remover.record_removed(victim.object_id, victim, footprint(victim.entry.size))
+                path = paths.get(victim.object_id)
+                self._remover.record_removed(victim.object_id, victim, footprint(victim.entry.size), path)
         freed = 0
         for victim, outcome in zip([*objects, *partials], outcomes, strict=True):
             report.add(victim, outcome)

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -21,7 +22,7 @@ from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.shared.adapters.volume import Removal, RemovalState, TrashedFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import DIGEST_PREFIX, ObjectId
 from distributor_node.shared.domain.space import EvictionReason, footprint
 from distributor_node.shared.observability.metrics import EVICTED_BYTES, EVICTIONS
 from distributor_node.shared.ports.state_store import StateStore, Term
@@ -85,9 +86,9 @@ class ObjectRemover:
 
     def __init__(self, state: StateStore, volume: Volume, index: EvictionIndex) -> None:
         self._state, self._volume, self._index = state, volume, index
-        # Of objects whose removal has begun and not finished
         self._settling = asyncio.Lock()
-        self._reasons: dict[ObjectId, str | Victim] = {}
+        self._begun: dict[ObjectId, tuple[str | Victim, str | None]] = {}
+        """Why objects are removed whose removal has not finished, and the paths that their ids are the digests of."""
         self.recent: deque[dict[str, Any]] = deque(maxlen=MAX_RECENT)
         """What was removed last, and why; the newest last."""
 
@@ -111,12 +112,13 @@ class ObjectRemover:
                 return RemovalOutcome.FAILED
             if found is RemovalState.IN_USE:
                 return RemovalOutcome.IN_USE
+            paths = await self.paths_of([object_id])
             # Without a file only the entry is left, which may go at once
             required_idle = min_idle if found is RemovalState.READY else ANY_IDLE
             even_pinned = even_pinned or found is not RemovalState.READY
             if not await self._state.begin_eviction(term, object_id, required_idle, even_pinned=even_pinned):
                 return RemovalOutcome.REFUSED
-            self._reasons[object_id] = reason
+            self._begun[object_id] = reason, paths.get(object_id)
             return await self._finish(term, object_id, removal, found)
         finally:
             removal.close()
@@ -157,10 +159,11 @@ class ObjectRemover:
         self, term: Term, ready: Mapping[ObjectId, tuple[Victim, Removal]], min_idle: float
     ) -> dict[ObjectId, RemovalOutcome]:
         object_ids = list(ready)
+        paths = await self.paths_of(object_ids)
         begun = await self._state.begin_evictions(term, object_ids, min_idle)
         outcomes = dict.fromkeys(object_ids, RemovalOutcome.REFUSED)
         evicting = [object_id for object_id, granted in zip(object_ids, begun, strict=True) if granted]
-        self._reasons.update({object_id: ready[object_id][0] for object_id in evicting})
+        self._begun.update({object_id: (ready[object_id][0], paths.get(object_id)) for object_id in evicting})
         locked = {object_id: ready[object_id][1] for object_id in evicting}
         results = await run_blocking(_unlink_each, self._volume, locked)
         removed = []
@@ -176,8 +179,8 @@ class ObjectRemover:
                 removed.append(object_id)
                 outcomes[object_id] = RemovalOutcome.REMOVED
         for object_id, freed in zip(removed, await self._state.finish_evictions(term, removed), strict=True):
-            self._reasons.pop(object_id, None)
-            self.record_removed(object_id, ready[object_id][0], freed)
+            self._begun.pop(object_id, None)
+            self.record_removed(object_id, ready[object_id][0], freed, paths.get(object_id))
         return outcomes
 
     async def _cancel(self, term: Term, object_id: ObjectId, error: VolumeError) -> None:
@@ -193,11 +196,12 @@ class ObjectRemover:
         """
         # Before the store is asked: see `Removal.rename_to_trash`
         expected = await run_blocking(self._volume.identity_of, object_id)
+        paths = await self.paths_of([object_id])
         outcome = await self.evict(term, object_id, ANY_IDLE, reason, even_pinned=True)
         if outcome is RemovalOutcome.IN_USE:
             if not await self._state.begin_eviction(term, object_id, ANY_IDLE, even_pinned=True):
                 return RemovalOutcome.REFUSED
-            self._reasons[object_id] = reason
+            self._begun[object_id] = reason, paths.get(object_id)
             self._index.mark_deferred(object_id)
         elif outcome is not RemovalOutcome.DEFERRED:
             return outcome
@@ -212,7 +216,8 @@ class ObjectRemover:
             else:
                 if await self._state.detach_eviction(term, object_id):
                     size = 0 if expected is None else expected[2]
-                    self.record_removed(object_id, self._reasons.pop(object_id, reason), size)
+                    why, path = self._begun.pop(object_id, (reason, paths.get(object_id)))
+                    self.record_removed(object_id, why, size, path)
         logger.info("eviction_deferred", object_id=object_id, reason=reason)
         return RemovalOutcome.DEFERRED
 
@@ -249,13 +254,23 @@ class ObjectRemover:
         if still_there:
             self._index.mark_deferred(object_id)
             return RemovalOutcome.DEFERRED
-        reason = self._reasons.pop(object_id, "unfinished")
+        reason, path = self._begun.pop(object_id, ("unfinished", None))
         freed = await self._state.finish_eviction(term, object_id)
-        self.record_removed(object_id, reason, freed)
+        self.record_removed(object_id, reason, freed, path)
         return RemovalOutcome.REMOVED
 
-    def record_removed(self, object_id: ObjectId, reason: str | Victim, freed: int) -> None:
-        """Forget an object whose file and entry, or whose partial file and fetch, are gone."""
+    async def paths_of(self, object_ids: Sequence[ObjectId]) -> Mapping[ObjectId, str]:
+        """Read the paths that ids are the digests of, for who asks what was removed: their records go as well."""
+        digests = [object_id for object_id in object_ids if object_id.startswith(DIGEST_PREFIX)]
+        return await run_blocking(_paths_of, self._volume, digests) if digests else {}
+
+    def record_removed(
+        self, object_id: ObjectId, reason: str | Victim, freed: int, path: str | None = None
+    ) -> None:
+        """Forget an object whose file and entry, or whose partial file and fetch, are gone.
+
+        `path`: that the id is the digest of, if it is known.
+        """
         victim = reason if isinstance(reason, Victim) else None
         self._index.removed(object_id, evicted=victim is not None)
         if not freed:
@@ -266,6 +281,8 @@ class ObjectRemover:
         EVICTIONS.labels(label).inc()
         EVICTED_BYTES.labels(label).inc(freed)
         fields = {"reason": label} if victim is None else victim.log_fields()
+        if path is not None:
+            fields["path"] = path
         self.recent.append({"id": object_id, "at": round(time.time(), 3), "bytes": freed, **fields})
         logger.debug("object_removed", object_id=object_id, bytes=freed, **fields)
 
@@ -319,6 +336,16 @@ class ObjectRemover:
             return False
         self._index.mark_deferred(object_id)
         return True
+
+
+def _paths_of(volume: Volume, object_ids: Sequence[ObjectId]) -> Mapping[ObjectId, str]:
+    paths = {}
+    for object_id in object_ids:
+        with suppress(VolumeError):
+            path = volume.path_of(object_id)
+            if path is not None:
+                paths[object_id] = path
+    return paths
 
 
 def _begin_all(removals: Sequence[Removal]) -> Sequence[RemovalState | VolumeError]:

@@ -46,24 +46,33 @@ class LinesRead:
     other: int = 0  # readable, but not a response with an object
     unreadable: int = 0
     not_sampled: int = 0
+    elsewhere: int = 0  # of the others: responses at paths that name no object
+    first_elsewhere: str = ""  # file, line, and what was expected
     first_unreadable: str = ""  # file, line, and what was expected
 
 
 def read_logs(
-    paths: Iterable[Path], recording: Recording, sample: float, progress: Callable[[int], None]
+    paths: Iterable[Path],
+    recording: Recording,
+    sample: float,
+    progress: Callable[[int], None],
+    prefix: str | None = None,
 ) -> LinesRead:
     """Read all files into the recording.
 
     `sample`: share of the objects to keep. A hash of the id decides, so that all requests for an object are kept or
     none. The cache must be smaller by the same share. `progress`: called with the bytes read since its last call.
+    `prefix`: in front of the objects' paths, such as `/media/`; None: all up to `/assets/`.
     Raises ConfigurationError for a file that cannot be read, and for a damaged record of a binary trace.
     """
-    counts = LinesRead()
+    counts, asset = LinesRead(), _ASSET if prefix is None else asset_under(prefix)
     for path in paths:
         with _opened(path) as (raw, content):
             before = 0
             records = (
-                _oracle_records(path, content) if _ORACLE in path.name.lower() else _lines(path, content)
+                _oracle_records(path, content)
+                if _ORACLE in path.name.lower()
+                else _lines(path, content, asset)
             )
             for number, parsed in enumerate(records):
                 if number % _REPORT_INTERVAL == 0:
@@ -74,8 +83,10 @@ def read_logs(
     return counts
 
 
-def _lines(path: Path, content: IO[bytes]) -> Iterator[LogLine | Unreadable | None]:
-    """None: a line about something else. An unreadable line says where it is."""
+def _lines(
+    path: Path, content: IO[bytes], asset: re.Pattern[str]
+) -> Iterator[LogLine | Unreadable | Elsewhere | None]:
+    """None: a line about something else. Lines that are not counted for their form say where they are."""
     columns: Columns | None = None
     for number, line in enumerate(iter(lambda: content.readline(_MAX_LINE), b""), 1):
         text = line.decode("utf-8", "replace")
@@ -85,14 +96,20 @@ def _lines(path: Path, content: IO[bytes]) -> Iterator[LogLine | Unreadable | No
             yield None
             continue
         try:
-            yield parse_line(text, columns)
-        except Unreadable as error:
-            yield Unreadable(f"{path}: line {number}: {error}")
+            yield parse_line(text, columns, asset)
+        except (Unreadable, Elsewhere) as error:
+            yield type(error)(f"{path}: line {number}: {error}")
 
 
-def _add(parsed: LogLine | Unreadable | None, recording: Recording, sample: float, counts: LinesRead) -> None:
+def _add(
+    parsed: LogLine | Unreadable | Elsewhere | None, recording: Recording, sample: float, counts: LinesRead
+) -> None:
     if parsed is None:
         counts.other += 1
+    elif isinstance(parsed, Elsewhere):
+        counts.other += 1
+        counts.elsewhere += 1
+        counts.first_elsewhere = counts.first_elsewhere or str(parsed)
     elif isinstance(parsed, Unreadable):
         counts.unreadable += 1
         counts.first_unreadable = counts.first_unreadable or str(parsed)
@@ -370,13 +387,26 @@ _COMMON = re.compile(
     r'\S+ \S+ .*?\[(?P<time>[^\]]{1,40})\] "(?P<method>[A-Z]{1,10}) (?P<path>\S+)[^"]*"'
     r" (?P<status>\d{3}) (?P<bytes>\d+|-)"
 )
-_ASSET = re.compile(r"/assets/(?P<path>[^?#]+)")
+_ASSET = re.compile(r".*?/assets/(?P<path>[^?#]+)")
 _CONTENT_STATUSES = frozenset({200, 206, 304})
 _MAX_BYTES = 2**63 - 1  # the most that a column of a recording can hold
 
 
+def asset_under(prefix: str) -> re.Pattern[str]:
+    """Return what the paths of objects match that begin with `prefix`. Raises ConfigurationError."""
+    if not prefix.startswith("/"):
+        raise ConfigurationError(
+            f"path-prefix: expected the beginning of a path, such as /media/, got {prefix!r}"
+        )
+    return re.compile(rf"(?:https?://[^/]+)?{re.escape(prefix.rstrip('/'))}/(?P<path>[^?#]+)")
+
+
 class Unreadable(Exception):
     """The line is in none of the known formats."""
+
+
+class Elsewhere(Exception):
+    """A response with content, at a path that names no object."""
 
 
 class _InvalidField(Exception):
@@ -397,14 +427,14 @@ class LogLine:
     first: int | None = None  # first byte within the object, if it is known
 
 
-def parse_line(line: str, columns: Columns | None = None) -> LogLine | None:
-    """Parse one line. `columns`: of CSV, from a header line. None: it is not a response with an object. Raises
-    Unreadable, which names the field where one is to blame."""
+def parse_line(line: str, columns: Columns | None = None, asset: re.Pattern[str] = _ASSET) -> LogLine | None:
+    """Parse one line. `columns`: of CSV, from a header line. `asset`: the form of an object's path. None: it is not a
+    response with an object. Raises Unreadable, which names the field where one is to blame, and Elsewhere."""
     line = line.strip()
     if not line:
         return None
     try:
-        parsed = _from_text(line, columns)
+        parsed = _from_text(line, columns, asset)
     except InvalidInput:
         return None  # an invalid object id: the response was 400
     except _InvalidField as error:
@@ -427,12 +457,12 @@ def is_size(count: int) -> bool:
     return 0 <= count <= _MAX_BYTES
 
 
-def _from_text(line: str, columns: Columns | None) -> LogLine | None:
+def _from_text(line: str, columns: Columns | None, asset: re.Pattern[str]) -> LogLine | None:
     if line.startswith("{"):
-        return _from_json(json.loads(line))
+        return _from_json(json.loads(line), asset)
     common = _COMMON.match(line)
     if common is not None:
-        return _from_common(common)
+        return _from_common(common, asset)
     spaced = columns is None and "," not in line
     fields = line.split() if spaced else [field.strip().strip('"') for field in line.split(",")]
     if spaced:
@@ -440,9 +470,9 @@ def _from_text(line: str, columns: Columns | None) -> LogLine | None:
     return _from_columns(fields, _UNNAMED if columns is None else columns)
 
 
-def _from_json(fields: Mapping[str, Any]) -> LogLine | None:
+def _from_json(fields: Mapping[str, Any], asset: re.Pattern[str]) -> LogLine | None:
     if "request" in fields and "ts" in fields:
-        return _from_caddy(fields)
+        return _from_caddy(fields, asset)
     if fields.get("event") != "request_answered":
         return None
     object_id, status = fields.get("object_id"), int(fields["status"])
@@ -463,11 +493,11 @@ def _from_json(fields: Mapping[str, Any]) -> LogLine | None:
     )
 
 
-def _from_caddy(fields: Mapping[str, Any]) -> LogLine | None:
+def _from_caddy(fields: Mapping[str, Any], asset: re.Pattern[str]) -> LogLine | None:
     request, status = fields["request"], int(fields["status"])
-    object_id = _object_in(request["uri"])
-    if object_id is None or request["method"] != "GET" or status not in _CONTENT_STATUSES:
+    if request["method"] != "GET" or status not in _CONTENT_STATUSES:
         return None
+    object_id = _object_in(request["uri"], asset)
     headers = {name.lower(): str(values[0]) for name, values in (fields.get("resp_headers") or {}).items()}
     duration, sent = fields.get("duration", 0), int(fields["size"])
     size, first = None, 0 if status == 200 else None
@@ -489,10 +519,11 @@ def _from_caddy(fields: Mapping[str, Any]) -> LogLine | None:
     )
 
 
-def _from_common(fields: re.Match[str]) -> LogLine | None:
-    object_id, status = _object_in(fields["path"]), int(fields["status"])
-    if object_id is None or fields["method"] != "GET" or status not in _CONTENT_STATUSES:
+def _from_common(fields: re.Match[str], asset: re.Pattern[str]) -> LogLine | None:
+    status = int(fields["status"])
+    if fields["method"] != "GET" or status not in _CONTENT_STATUSES:
         return None
+    object_id = _object_in(fields["path"], asset)
     at = datetime.strptime(fields["time"], "%d/%b/%Y:%H:%M:%S %z").timestamp()
     sent = 0 if fields["bytes"] == "-" else int(fields["bytes"])
     first = 0 if status == 200 else None
@@ -559,9 +590,12 @@ def _count(name: str, field: str) -> int:
     return int(field)
 
 
-def _object_in(path: str) -> ObjectId | None:
-    found = _ASSET.search(path)
-    return None if found is None else ObjectId.parse_path(found["path"])
+def _object_in(path: str, asset: re.Pattern[str]) -> ObjectId:
+    found = asset.match(path)
+    if found is None:
+        expected = "/assets/ID" if asset is _ASSET else "one below --path-prefix"
+        raise Elsewhere(f"path: expected {expected}, got {path[:80]!r}")
+    return ObjectId.parse_path(found["path"])
 
 
 def _seconds(time: object) -> float:

@@ -50,6 +50,7 @@ class ReplayRequest:
     own: OwnNode | None = None  # tried first, and its rules apply to all trials
     window: WindowRules | None = None  # tried beside whole objects, in every size
     as_json: bool = False
+    path_prefix: str | None = None  # in front of the objects' paths; None: all up to `/assets/`
 
 
 def replay(request: ReplayRequest, progress_to: Console) -> str:
@@ -63,9 +64,7 @@ def replay(request: ReplayRequest, progress_to: Console) -> str:
         recording = Recording(read_sizes(request.sizes_file) if request.sizes_file else None)
         counts = _read(request, recording, progress)
         if not len(recording):
-            raise ConfigurationError(
-                f"log: no responses with objects ({counts.other} other lines, {counts.unreadable} unreadable)"
-            )
+            raise ConfigurationError(_without_objects(counts))
         own, results, windowed = _try_all(request, recording, progress)
     if request.picture is not None:
         request.picture.write_text(
@@ -73,6 +72,23 @@ def replay(request: ReplayRequest, progress_to: Console) -> str:
         )
     report = Report(recording, counts, own, results, windowed, request.window)
     return json.dumps(report.document(), indent=2) + "\n" if request.as_json else report.text()
+
+
+def _without_objects(counts: LinesRead) -> str:
+    lines = f"{plural(counts.other, 'other line')}, {counts.unreadable} unreadable"
+    message = f"log: no responses with objects ({lines})"
+    if counts.first_elsewhere:
+        message += f". {_elsewhere(counts)}"
+    if counts.first_unreadable:
+        message += f". The first unreadable line: {counts.first_unreadable}"
+    return message
+
+
+def _elsewhere(counts: LinesRead) -> str:
+    return (
+        f"{plural(counts.elsewhere, 'response')} at other paths, the first: {counts.first_elsewhere}; --path-prefix"
+        " says where the objects are, such as --path-prefix /"
+    )
 
 
 def _check_picture(path: Path) -> None:
@@ -89,7 +105,13 @@ def _read(request: ReplayRequest, recording: Recording, progress: Progress) -> L
     except OSError as error:
         raise ConfigurationError(f"{error.filename}: cannot be read: {error.strerror}") from error
     task = progress.add_task("reading", total=total)
-    return read_logs(request.logs, recording, request.sample, lambda read: progress.advance(task, read))
+    return read_logs(
+        request.logs,
+        recording,
+        request.sample,
+        lambda read: progress.advance(task, read),
+        request.path_prefix,
+    )
 
 
 def _try_all(
@@ -143,6 +165,8 @@ def _about(recording: Recording, counts: LinesRead) -> list[str]:
     ]
     if counts.first_unreadable:
         lines.append(f"The first unreadable line: {counts.first_unreadable}")
+    if counts.elsewhere > len(recording):
+        lines.append(f"{_elsewhere(counts)}.")
     guessed = recording.guessed_sizes
     if guessed:
         have, bounds = (

@@ -143,9 +143,11 @@ class SourceRefused(SourceError):
 
     reason = "http_error"
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, retry_after: str | None = None) -> None:
+        """`retry_after`: its header of this name."""
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 class SourceWrong(SourceError):
@@ -189,11 +191,15 @@ _ABOUT_THE_OBJECT = frozenset({401, 403, 404, 410, 416, 451})
 
 
 class AllSourcesFailed(SourceError):
-    """Every source of an object failed, or it has no source. `errors`: the last error of each, by URL."""
+    """Every source of an object failed, or it has no source. `errors`: the last error of each, by URL.
+
+    `home`: what the node of the fleet failed with that was to fetch it. None: none was asked.
+    """
 
     reason = "all_failed"
 
-    def __init__(self, errors: Mapping[str, SourceError]) -> None:
+    def __init__(self, errors: Mapping[str, SourceError], home: SourceError | None = None) -> None:
+        self.home = home
         reasons = [f"{type(error).__name__}: {error}" for error in errors.values()]
         super().__init__("; ".join(reasons) if reasons else "the object has no source")
         self.errors = dict(errors)

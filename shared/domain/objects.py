@@ -42,7 +42,9 @@ _QUERY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})+\Z", re
 _UNENCODED = "!$&'()*+,;=:@/~"  # in a path, beside letters, digits and `_.-`
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_PATH = 1024  # bytes, decoded; of a query as well
-_DIGEST_ID = re.compile(r"sha256-[0-9a-f]{64}\Z", re.ASCII)
+DIGEST_PREFIX = "sha256-"
+"""Begins each id that is the digest of a path; plain ids may begin so, too."""
+_DIGEST_ID = re.compile(rf"{DIGEST_PREFIX}[0-9a-f]{{64}}\Z", re.ASCII)
 
 
 class ObjectId(str):
@@ -108,7 +110,7 @@ class ObjectId(str):
         if not query and _OBJECT_ID.match(text):
             return cls(text)
         encoded = quote(text, safe=_UNENCODED) + (f"?{query}" if query else "")
-        made = cls(f"sha256-{hashlib.sha256(encoded.encode()).hexdigest()}")
+        made = cls(f"{DIGEST_PREFIX}{hashlib.sha256(encoded.encode()).hexdigest()}")
         made._path = encoded
         return made
 
@@ -389,6 +391,12 @@ class StoredRecord:
         """The record of bytes of which their source says this. With a content hash, the source's tag says no more."""
         kept = validators if self.content_hash is None else Validators(None, validators.last_modified)
         return replace(self, etag=entity_tag(self.content_hash, kept), validators=kept)
+
+
+def path_of(object_id: ObjectId, record: StoredRecord | None) -> str | None:
+    """Return the path that the id is the digest of, if it is known: percent-encoded, with its query."""
+    found = object_id.with_path(None if record is None else record.name)
+    return found.path if found.is_digest and found.path != found else None
 
 
 def record_for_file(

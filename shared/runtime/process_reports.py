@@ -135,6 +135,7 @@ class RemovedObject(ReportPart):
     """An object that the leading evictor has removed. Those evicted to make room have all fields."""
 
     id: str
+    path: str | None = None  # that the id is the digest of, if it is known
     at: float  # POSIX seconds
     bytes: float  # that were freed
     reason: str

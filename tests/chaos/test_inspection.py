@@ -13,7 +13,7 @@ from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import Granted, IndexEntry, Term
 from tests.chaos.harness import ChaosHarness
-from tests.chaos.invariants import accounting_problem
+from tests.chaos.invariants import accounting_problem, left_in_incoming
 
 SIZE = 50_000
 
@@ -72,3 +72,17 @@ async def test_bytes_that_nothing_accounts_for(
     await chaos.redis.command("HINCRBY", f"{chaos.prefix}:usage", "used", "4096")
     assert await accounting_problem(chaos) is not None
     await chaos.redis.command("HINCRBY", f"{chaos.prefix}:usage", "used", "-4096")
+
+
+@pytest.mark.usefixtures("leading")
+async def test_records_that_a_killed_worker_has_left_are_no_work(chaos: ChaosHarness) -> None:
+    incoming = chaos.stack.volume / "incoming"
+    for name in ("1.part", "1.json", "2.json", "3.json,0a1b2c3d,new"):
+        (incoming / name).touch()
+    assert left_in_incoming(chaos) == ["1.json", "1.part", "2.json", "3.json,0a1b2c3d,new"]
+    process = chaos.stack.add("fetcher")
+    assert len(left_in_incoming(chaos)) == 4
+    process.kill()
+    assert left_in_incoming(chaos) == ["1.json", "1.part"]
+    (incoming / "1.part").unlink()
+    assert left_in_incoming(chaos) == []

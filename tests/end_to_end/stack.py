@@ -44,6 +44,7 @@ class ServiceProcess:
     release: Path | None = None  # the code of another version; None: this one
     executed: bool = False  # by `python -m`, for tests that measure a process
     process: subprocess.Popen[bytes] | PreloadedProcess | None = field(default=None)
+    was_killed: bool = False  # at any time
 
     def start(self) -> None:
         environment = {**os.environ, **self.environment}
@@ -88,6 +89,7 @@ class ServiceProcess:
     def kill(self) -> None:
         """`kill -9`, its children too."""
         if self.process is not None:
+            self.was_killed = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()  # it may have been forked a moment ago, and not have its own group yet

@@ -26,6 +26,7 @@ from distributor_node.shared.domain.objects import (
     ObjectId,
     StoredRecord,
     entity_tag,
+    path_of,
 )
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.catalog import CatalogStatus
@@ -43,9 +44,10 @@ def body_of(name: str, size: int = SIZE) -> bytes:
 
 
 def record_of(name: str, body: bytes) -> StoredRecord:
-    object_id, content_hash = ObjectId.parse(name), ContentHash("blake3", blake3(body).digest())
+    object_id = name if isinstance(name, ObjectId) else ObjectId.parse(name)
+    content_hash, path = ContentHash("blake3", blake3(body).digest()), path_of(object_id, None)
     etag = entity_tag(content_hash)
-    return StoredRecord(object_id, len(body), etag, content_hash, "image/png", 1_700_000_000)
+    return StoredRecord(object_id, len(body), etag, content_hash, "image/png", 1_700_000_000, name=path)
 
 
 def media_object(name: str, body: bytes) -> MediaObject:

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from distributor_node.services.evictor.adoption import Adoption, PartialReaper
 from distributor_node.services.evictor.eviction import Eviction, EvictionRules
+from distributor_node.services.evictor.evictor import Evictor
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.shared.adapters.volume import Volume
@@ -568,6 +569,45 @@ async def test_a_leader_reports_what_it_has_removed_and_why(harness: EvictorHarn
             "id": "o0", "at": 0, "bytes": footprint(SIZE), "size": SIZE, "views": 1, "reason": "high_watermark",
         } | {name: report["removed"][0][name] for name in ("idle_seconds", "priority", "inflation")}  # fmt: skip
         assert sum(objects for objects, _ in report["map"]["cells"]) == len(await harness.entries())
+
+
+async def removed_paths(evictor: Evictor) -> dict[str, str | None]:
+    """Of what the evictor tells that it has removed."""
+    return {one["id"]: one.get("path") for one in (await evictor.report(watched=False))["removed"]}
+
+
+async def test_what_was_removed_is_told_by_the_path_that_its_id_is_the_digest_of(
+    harness: EvictorHarness,
+) -> None:
+    films = [ObjectId.parse_path(f"films/{number}.mp4") for number in range(9)]
+    async with harness.evictor() as evictor:
+        await eventually(harness.reconciled)
+        await harness.store(*films, "plain", age=3600)
+
+        async def removed(count: int) -> bool:
+            return len(await removed_paths(evictor)) >= count
+
+        await eventually(lambda: removed(5))
+        purged, read = films[7:]
+        sent = harness.volume.open_object(read)
+        assert sent is not None
+        assert sent.lock_shared()
+        await harness.state.request_purges([purged, read, ObjectId("plain")])
+        await eventually(lambda: removed(8))
+        sent.close()
+        paths = await removed_paths(evictor)
+        assert paths == {film: film.path for film in (*films[:5], purged, read)} | {"plain": None}
+
+
+async def test_a_removed_partial_object_is_told_by_its_path(harness: EvictorHarness) -> None:
+    film = ObjectId.parse_path("films/a.mp4")
+    async with harness.evictor() as evictor:
+        await eventually(harness.reconciled)
+        await harness.park(film, HELD, 5 * SIZE)
+        await harness.store(*NAMES, age=3600)
+        await harness.state.record_accesses([Access(ObjectId(name), 5, time.time()) for name in NAMES])
+        await until_there_is_room(harness)
+        assert await removed_paths(evictor) == {film: film.path}
 
 
 async def test_a_pass_reads_all_fetches_once(

@@ -483,6 +483,21 @@ async def test_listings_name_the_path_that_an_id_is_the_digest_of(tmp_path: Path
         cached = (await operator.query("cache"))["objects"]
         assert {one["id"]: one["path"] for one in cached} == {ids[0]: path, "plain": None}
         assert (await operator.query(f"cache/{ids[0]}"))["path"] == path
+        absent = ObjectId.parse_path("absent.mp4", "v=2")
+        digests = [str(ids[0]), "plain", str(absent)]  # a digest alone does not tell its path
+        for name in ("unpin", "purge", "pin"):
+            changed = (await operator.command(name, {"ids": digests}))["objects"]
+            assert {one["id"]: one["path"] for one in changed} == {ids[0]: path, "plain": None, absent: None}
+        listed = (await operator.query("pins"))["pins"]
+        assert {one["id"]: one["path"] for one in listed} == {ids[0]: path, "plain": None, absent: None}
+        pinned = (await operator.command("pin", {"ids": [absent.path, "films/my film.mp4?v=1"]}))["objects"]
+        assert {one["id"]: one["path"] for one in pinned} == {ids[0]: path, absent: absent.path}
+        removed = RemovedObject(id=absent, path=absent.path, at=time.time(), bytes=5000, reason="purged")
+        content = ReportContent(
+            kind="evictor", host="h", process=1, started=1.0, interval=5.0, removed=[removed]
+        )
+        await state.report_process("evictor", content.model_dump_json(), 60.0)
+        assert (await operator.query(f"cache/{absent}"))["path"] == absent.path
 
 
 async def test_a_remembered_failure_is_explained_with_its_end(
@@ -605,7 +620,7 @@ async def test_orders_say_what_each_object_was_found_to_be(tmp_path: Path) -> No
         pinned = await commands.pin(list(states))
         assert (pinned["changed"], pinned["pinned"]) == (7, 7)
         assert pinned["objects"] == [
-            {"id": name, "state": state, "changed": True} for name, state in states.items()
+            {"id": name, "path": None, "state": state, "changed": True} for name, state in states.items()
         ]
         again = await commands.pin([ObjectId("6"), ObjectId("7")])
         assert (again["changed"], again["pinned"]) == (1, 8)
@@ -617,7 +632,9 @@ async def test_orders_say_what_each_object_was_found_to_be(tmp_path: Path) -> No
         ]
         purged = await commands.purge(list(states))
         assert purged["purging"] == 7
-        assert purged["objects"] == [{"id": name, "state": state} for name, state in states.items()]
+        assert purged["objects"] == [
+            {"id": name, "path": None, "state": state} for name, state in states.items()
+        ]
 
 
 async def test_pins_are_listed_also_of_objects_that_are_not_here(tmp_path: Path) -> None:
@@ -630,12 +647,15 @@ async def test_pins_are_listed_also_of_objects_that_are_not_here(tmp_path: Path)
         file.close()
         await operator.command("pin", {"ids": ["nowhere", "7", "here"]})
         assert await operator.query("pins?limit=2") == {
-            "pins": [{"id": "7", "state": "not_uploaded"}, {"id": "here", "state": "stored"}],
+            "pins": [
+                {"id": "7", "path": None, "state": "not_uploaded"},
+                {"id": "here", "path": None, "state": "stored"},
+            ],
             "next": "here",
             "total": 3,
         }
         assert await operator.query("pins?limit=2&after=here") == {
-            "pins": [{"id": "nowhere", "state": "unknown"}],
+            "pins": [{"id": "nowhere", "path": None, "state": "unknown"}],
             "next": None,
             "total": 3,
         }
@@ -674,5 +694,5 @@ async def test_orders_need_no_catalog(tmp_path: Path, monkeypatch: pytest.Monkey
         assert (pinned["changed"], pinned["objects"][0]["state"]) == (1, "unchecked")
         harness.catalog.down, harness.catalog.delay = False, 3600
         purged = await commands_of(harness).purge([ObjectId("1")])
-        assert purged == {"purging": 1, "objects": [{"id": "1", "state": "unchecked"}]}
+        assert purged == {"purging": 1, "objects": [{"id": "1", "path": None, "state": "unchecked"}]}
         assert [one.object_id for one in await harness.context.state.pending_purges(10)] == ["1"]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
+from typing import cast
 
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aiormq.abc import AbstractChannel as AmqpChannel
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
 from pamqp.common import FieldTable
+from pamqp.header import ContentHeader
 
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
-from distributor_node.shared.adapters.queue_rabbitmq.connection import Topology
+from distributor_node.shared.adapters.queue_rabbitmq.connection import Topology, to_dead_letter
 from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
 from distributor_node.shared.domain.jobs import DeadLetter, JobOutcome, RetryPlan, encode_job
 from tests.contract.queue_harness import consuming, done, make_job, wait_for_depth
@@ -99,6 +105,128 @@ async def test_poison_is_dead_lettered_as_it_came_and_consumption_goes_on(
     assert letter.headers["x-other"] == "kept"
     assert str(letter.headers["x-distributor-reason"]).startswith("invalid job: ")
     assert [job.object_id for job in recorder.started] == ["before", "after"]
+
+
+class RawProperties(Basic.Properties):
+    """The properties of a message as bytes, as another client may send them."""
+
+    def __init__(self, flag: int, value: bytes) -> None:
+        super().__init__()
+        self._raw = struct.pack(">H", flag) + value
+
+    def marshal(self) -> bytes:
+        return self._raw
+
+
+def _table(name: bytes, kind: bytes, value: bytes) -> bytes:
+    entry = bytes([len(name)]) + name + kind + value
+    return struct.pack(">I", len(entry)) + entry
+
+
+def _nested(levels: int) -> bytes:
+    table = _table(b"a", b"t", b"\x01")
+    for _ in range(levels):
+        table = _table(b"a", b"F", table)
+    return table
+
+
+def _many(count: int) -> bytes:
+    entries = b"".join(b"\x04%04dS\0\0\0\2ab" % number for number in range(count))
+    return struct.pack(">I", len(entries)) + entries
+
+
+_NOT_UTF_8 = b"\x04ab\xff\xfe"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("content_type", _NOT_UTF_8),
+        ("content_encoding", _NOT_UTF_8),
+        ("correlation_id", _NOT_UTF_8),
+        ("reply_to", _NOT_UTF_8),
+        ("message_id", _NOT_UTF_8),
+        ("message_type", _NOT_UTF_8),
+        ("app_id", _NOT_UTF_8),
+        ("headers", _table(b"ab\xff\xfe", b"t", b"\x01")),
+        ("headers", _table(b"a", b"F", _table(b"\xff", b"t", b"\x01"))),
+        ("headers", _table(b"a", b"T", b"\x7f" * 8)),
+        ("headers", _nested(5000)),
+        ("timestamp", b"\xff" * 8),
+    ],
+)
+async def test_a_message_whose_properties_cannot_be_read_is_dead_lettered_and_consumption_goes_on(
+    queue: RabbitJobQueue, topology: Topology, channel: AbstractChannel, name: str, value: bytes
+) -> None:
+    await queue.ping()
+    await queue.publish(make_job("before"))
+    unreadable = RawProperties(Basic.Properties.flags[name], value)
+    amqp = await channel.get_underlay_channel()
+    await amqp.basic_publish(_JOB, routing_key=topology.work, properties=unreadable)
+    async with consuming(queue) as recorder:
+        await queue.publish(make_job("after"))
+        await recorder.wait_for(lambda: "after" in recorder.ended)
+        await wait_for_depth(queue, dead=1)
+    letter = await _take(channel, topology.dead)
+    assert letter.body == _JOB
+    assert str(letter.headers["x-distributor-reason"]).startswith("invalid job: properties cannot be read: ")
+    assert repr(value)[2:-1][:18] in str(letter.headers["x-distributor-properties"])
+    assert [job.object_id for job in recorder.started] == ["before", "after"]
+
+
+@pytest.mark.parametrize(
+    ("value", "omitted"),
+    [
+        (
+            _table(b"a", b"S", struct.pack(">I", 131_000) + b"b" * 131_000),
+            None,
+        ),  # with a reason, too long for a frame
+        (_many(1000), 1000 - 156),
+        (_nested(400), None),
+    ],
+)
+async def test_a_message_whose_headers_do_not_fit_in_a_dead_letter_is_one_with_those_that_do(
+    queue: RabbitJobQueue, topology: Topology, channel: AbstractChannel, value: bytes, omitted: int | None
+) -> None:
+    await queue.ping()
+    amqp = await channel.get_underlay_channel()
+    poison = RawProperties(Basic.Properties.flags["headers"], value)
+    await amqp.basic_publish(b"[]", routing_key=topology.work, properties=poison)
+    async with consuming(queue) as recorder:
+        await wait_for_depth(queue, dead=1)
+        await queue.publish(make_job("after"))
+        await recorder.wait_for(lambda: "after" in recorder.ended)
+    letter = await _take(channel, topology.dead)
+    assert letter.body == b"[]"
+    assert str(letter.headers["x-distributor-reason"]).startswith("invalid job: ")
+    assert letter.headers.get("x-distributor-omitted-headers") == omitted
+
+
+@pytest.mark.parametrize("levels", [100, 800, 5000])
+async def test_a_dead_letter_can_be_sent_with_tables_in_any_number_of_tables(levels: int) -> None:
+    table: FieldTable = {}
+    for _ in range(levels):
+        table = {"a": table}
+    header = ContentHeader(properties=Basic.Properties(headers={"x-nested": table}))
+    message = DeliveredMessage(Basic.Deliver(), header, b"", cast("AmqpChannel", None))
+    to_dead_letter(message, "reason").properties.marshal()
+
+
+async def test_a_job_is_done_whatever_the_names_of_its_exchange_and_routing_key(
+    queue: RabbitJobQueue, topology: Topology, channel: AbstractChannel
+) -> None:
+    await queue.ping()
+    exchange = await channel.declare_exchange(topology.prefix, aio_pika.ExchangeType.FANOUT, auto_delete=True)
+    async with consuming(queue) as recorder:
+        await queue.publish(make_job("before"))
+        await recorder.wait_for(lambda: recorder.ended == ["before"])
+        await (await channel.get_queue(topology.work)).bind(exchange)
+        message = aio_pika.Message(encode_job(make_job("between")))
+        await exchange.publish(message, NotUtf8("ab"))
+        await recorder.wait_for(lambda: "between" in recorder.ended)
+        await queue.publish(make_job("after"))
+        await recorder.wait_for(lambda: "after" in recorder.ended)
+    assert [job.object_id for job in recorder.started] == ["before", "between", "after"]
 
 
 async def test_a_dead_letter_keeps_body_and_request_id_and_says_why(

@@ -271,6 +271,26 @@ SNAPSHOT = {
 }  # fmt: skip
 
 
+def test_removed_objects_are_shown_by_their_paths() -> None:
+    removed = [
+        {
+            "id": "sha256-00",
+            "path": "films/a.mp4",
+            "at": 0.0,
+            "bytes": 5,
+            "words": "purged",
+            "reason": "purged",
+        },
+        {"id": "plain", "at": 0.0, "bytes": 5, "words": "purged", "reason": "purged"},
+    ]
+    shown = "".join(
+        shown_lines(100, volume={"limit": 10, "used": 5, "reserved": 0, "objects": 1, "removed": removed})
+    )
+    assert "films/a.mp4" in shown
+    assert "plain" in shown
+    assert "sha256-00" not in shown
+
+
 def shown_lines(width: int, **changes: Any) -> list[str]:
     shown = StringIO()
     console = Console(file=shown, width=width)

@@ -63,6 +63,20 @@ def test_the_oldest_of_the_client_with_the_most_is_refused() -> None:
     assert [queue.drop(), queue.drop()] == ["2", "1"]
 
 
+@pytest.mark.parametrize("arriving", [2, 3, 4, 8])
+def test_in_an_overload_nothing_waits_in_vain(arriving: int) -> None:
+    """As many clients with one look-up each may wait as are answered in four rounds, and more keep coming."""
+    queue, rounds, answered = LookupQueue(), 60, list[int]()
+    for now in range(rounds):
+        for number in range(arriving * 10):
+            queue.add(ObjectId(f"{now}-{number}"), f"{now}-{number}", now, seen_before=True)
+            if len(queue) > 40:
+                queue.drop()
+        answered += [now - int(lookup.queued_at) for lookup in queue.take(10)]
+    assert len(answered) == rounds * 10
+    assert max(answered) < 4
+
+
 def test_objects_seen_before_are_refused_last() -> None:
     queue = queued(("a", "1"), ("a", "2"), ("b", "3"), seen="1 2")
     assert [queue.drop(), queue.drop(), queue.drop(), queue.drop()] == ["3", "1", "2", None]

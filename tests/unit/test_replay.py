@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
+import re
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,19 +18,22 @@ from xml.etree import ElementTree as ET
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks.traces import Parameters, Trace
 from distributor_node.services.command_line.main import app
 from distributor_node.services.replay.access_logs import (
+    Elsewhere,
     LogLine,
     Recording,
     Unreadable,
+    asset_under,
     parse_line,
     read_logs,
     read_sizes,
 )
-from distributor_node.services.replay.run import recommend
+from distributor_node.services.replay.run import ReplayRequest, recommend, replay
 from distributor_node.services.replay.scenarios import (
     CacheSize,
     Result,
@@ -103,12 +108,59 @@ def test_objects_that_are_named_by_paths() -> None:
         ours(object_id=None, path="/api/v1/status"),
         json.dumps({"event": "job_done", "level": "info"}),
         COMBINED.replace("GET", "HEAD"),
-        COMBINED.replace("/api/v1/assets/42", "/metrics"),
         COMBINED.replace("/assets/42", "/assets/..%2f42"),
     ],
 )
 def test_lines_about_something_else(line: str) -> None:
     assert parse_line(line) is None
+
+
+ELSEWHERE = "/media/films/my%20film.mp4"
+
+
+@pytest.mark.parametrize("line", [COMBINED, json.dumps(CADDY)])
+def test_a_response_at_another_path_says_what_was_expected(line: str) -> None:
+    elsewhere = line.replace("/distributor/api", "/api").replace("/api/v1/assets/42", ELSEWHERE)
+    with pytest.raises(Elsewhere, match=re.escape(f"path: expected /assets/ID, got {ELSEWHERE[:20]!r}"[:-1])):
+        parse_line(elsewhere)
+    film = ObjectId.parse_path("films/my%20film.mp4")
+    for prefix in ("/media", "/media/"):
+        found = parse_line(elsewhere, asset=asset_under(prefix))
+        assert found is not None
+        assert found.object_id == film
+        absolute = parse_line(
+            elsewhere.replace(ELSEWHERE, f"http://host{ELSEWHERE}"), asset=asset_under(prefix)
+        )
+        assert absolute == found
+        with pytest.raises(Elsewhere, match="expected one below --path-prefix, got '/"):
+            parse_line(elsewhere.replace(ELSEWHERE, f"/other{ELSEWHERE}"), asset=asset_under(prefix))
+    whole = parse_line(elsewhere, asset=asset_under("/"))
+    assert whole is not None
+    assert whole.object_id == ObjectId.parse_path("media/films/my%20film.mp4")
+
+
+@pytest.mark.parametrize("prefix", ["", "media/"])
+def test_a_path_prefix_begins_with_a_slash(prefix: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"path-prefix: expected .* /media/, got '{prefix}'"):
+        asset_under(prefix)
+
+
+def test_a_log_of_other_paths_is_refused_by_the_first_line_and_read_with_their_prefix(tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    lines = [COMBINED.replace("GET /api/v1/assets/42", method) for method in ("POST /x", f"GET {ELSEWHERE}")]
+    log.write_text("\n".join([lines[0], *lines[1:] * 2, "garbage"]))
+    request = ReplayRequest([log], ["1M"], [Setting("lru")])
+    with pytest.raises(ConfigurationError) as refused:
+        replay(request, Console(quiet=True))
+    said = str(refused.value)
+    assert f"2 responses at other paths, the first: {log}: line 2: path: expected /assets/ID, got" in said
+    assert "--path-prefix /" in said
+    assert f"{log}: line 4: " in said
+    shown = replay(dataclasses.replace(request, path_prefix="/media/"), Console(quiet=True))
+    assert "2 requests for 1 object" in shown
+    assert "other paths" not in shown
+    log.write_text("\n".join([COMBINED, *lines[1:] * 2]))
+    assert "2 responses at other paths" in replay(request, Console(quiet=True))
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,18 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from sanic.compat import Header
 
 from distributor_node.services.api.fast_path.handler import SpanLimit
+from distributor_node.services.api.request_log import RequestRecord
+from distributor_node.services.api.sanic_app import TracedAssets
 from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.tracing import NO_SPAN, parse_traceparent
 from tests.servers.otlp_collector import Collector, otlp_collector
@@ -182,6 +188,39 @@ async def test_spans_are_nested_and_tell_how_they_ended(collector: Collector) ->
     }
     assert {name for name, span in spans.items() if span.failed} == {"failing"}
     assert spans["cancelled"].events == ["cancelled"]
+
+
+async def test_a_response_whose_client_has_left_has_what_was_sent(collector: Collector) -> None:
+    """A client that has read the last byte may close its connection before the response has ended here."""
+
+    class Leaving:
+        async def handle(self, request: Any, _: ObjectId) -> None:
+            headers = {"X-Cache": "pending", "X-Data-Source": "local"}
+            request.stream.response, request.ctx.record.sent = SimpleNamespace(status=200, headers=headers), 7
+            raise asyncio.CancelledError
+
+    request: Any = SimpleNamespace(
+        method="GET",
+        headers=Header(),
+        ctx=SimpleNamespace(record=RequestRecord("asked", "GET")),
+        stream=SimpleNamespace(response=None),
+    )
+    async with tracing.tracing(True, "api", version="1", instance="here"):
+        with pytest.raises(asyncio.CancelledError):
+            await TracedAssets(Leaving()).handle(request, ObjectId("1"))
+    (span,) = collector.spans
+    assert span.events == ["cancelled"]
+    shown = {name: value for name, value in span.attributes.items() if name.startswith("distributor.")}
+    assert shown == {
+        "distributor.object_id": "1",
+        "distributor.request_id": "asked",
+        "distributor.cache": "pending",
+        "distributor.data_source": "local",
+    }
+    assert (span.attributes["http.response.status_code"], span.attributes["http.response.body.size"]) == (
+        200,
+        7,
+    )
 
 
 async def _in_a_span(name: str) -> None:

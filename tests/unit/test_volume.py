@@ -460,6 +460,16 @@ def test_orphan_records_are_swept_when_old(volume: Volume) -> None:
     assert volume.read_record(ObjectId("2")) is not None
 
 
+def test_a_record_in_incoming_without_its_partial_file_is_swept_when_old(volume: Volume) -> None:
+    for name in ("1", "2"):
+        volume.open_partial_for_writing(record_of(name)).close()
+    incoming = volume.root / "incoming"
+    (incoming / "1.part").unlink()  # as renaming it does, after which the worker was killed
+    assert volume.remove_orphan_records(older_than_seconds=3600) == 0
+    assert volume.remove_orphan_records(older_than_seconds=-5) == 1
+    assert sorted(path.name for path in incoming.iterdir()) == ["2.json", "2.part"]
+
+
 def shards_of(volume: Volume, name: str) -> list[Path]:
     return [volume.root / kind / shard(ObjectId(name)) for kind in ("objects", "records")]
 

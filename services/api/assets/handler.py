@@ -387,7 +387,7 @@ class MissHandler:
 
     async def _proxy(self, pending: PendingRequest, failure: Failure | None) -> None:
         """Respond from a source. A success may refute the failure of the object's fetch."""
-        verified = await self._pending_responder.proxy(pending)
+        verified = await self._pending_responder.proxy(pending, follows_home=True)
         if failure is not None and verified is not None and pending.span.length != 0:
             self._starter.refute(pending.representation.object_id, failure, verified=verified)
 

@@ -32,7 +32,7 @@ from distributor_node.services.api.assets.response import (
     ResponseWriter,
 )
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError, RangeOutOfReach
+from distributor_node.services.api.errors import AbortResponse, HttpError, RangeNotFetchedYet, RangeOutOfReach
 from distributor_node.services.api.headers import BYPASS, CacheOutcome, content_head
 from distributor_node.shared.adapters.volume import OpenObject, PartialReader
 from distributor_node.shared.domain.conditionals import Comparison
@@ -166,12 +166,12 @@ class PendingResponder:
                 raise AbortResponse("object_unreadable") from error
             return None
 
-    async def proxy(self, pending: PendingRequest) -> bool | None:
+    async def proxy(self, pending: PendingRequest, *, follows_home: bool = False) -> bool | None:
         """Respond from a source. Returns whether all bytes of the object were read and verified.
 
-        None: the bytes were in memory, and no source was asked.
+        None: the bytes were in memory, and no source was asked. `follows_home`: see Proxy.
         """
-        return await self._proxy.respond(await self._proxied_response(pending))
+        return await self._proxy.respond(await self._proxied_response(pending), follows_home=follows_home)
 
     async def _try_streaming(
         self,
@@ -380,12 +380,6 @@ class PendingResponder:
 
 def _not_reached(seconds: float | None) -> HttpError:
     """The error for a range that only the fetch in order brings. `seconds`: until it is expected; None: unknown."""
-    headers = RETRY_LATER
-    if seconds is not None:
-        headers = {"Retry-After": str(max(1, min(ceil(seconds), _LONGEST_RETRY)))}
-    return HttpError(
-        503,
-        "The source sends no ranges, and the fetch of the object has not reached this one yet",
-        "range_not_fetched_yet",
-        headers,
-    )
+    if seconds is None:
+        return RangeNotFetchedYet()
+    return RangeNotFetchedYet({"Retry-After": str(max(1, min(ceil(seconds), _LONGEST_RETRY)))})

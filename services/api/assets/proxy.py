@@ -23,13 +23,26 @@ from distributor_node.services.api.assets.passages import (
 from distributor_node.services.api.assets.response import ResponseWriter
 from distributor_node.services.api.clients import client_of_request
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError, RangeOutOfReach
+from distributor_node.services.api.errors import (
+    RETRY_LATER,
+    RETRY_SOON,
+    AbortResponse,
+    HttpError,
+    RangeNotFetchedYet,
+    RangeOutOfReach,
+)
 from distributor_node.services.api.headers import CacheOutcome, content_head
 from distributor_node.shared.adapters.sources import SourceResponse
 from distributor_node.shared.adapters.sources.client import MAX_SKIP, Expected
 from distributor_node.shared.adapters.sources.failover import Chunk, Preference
 from distributor_node.shared.adapters.volume import PartialReader
-from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
+from distributor_node.shared.domain.errors import (
+    AllSourcesFailed,
+    SourceRefused,
+    SourceTooSlow,
+    SourceUnreachable,
+    VolumeError,
+)
 from distributor_node.shared.domain.http_caching import (
     CachingRules,
     Freshness,
@@ -80,6 +93,9 @@ class ProxiedResponse:
     peer_use: PeerUse = PeerUse.FETCH  # what is asked of peers before the sources
     passed_headers: dict[str, str] = field(default_factory=dict)  # of a response that must not be stored
     client: str = ""  # its address
+    out_of_reach: bool = (
+        False  # no source sends the range by itself, and only the object's home is asked still
+    )
 
     def on_source_response(self, url: str, response: SourceResponse) -> None:
         """Take the media type and the size from a source's response, if the catalog does not state them."""
@@ -156,25 +172,55 @@ class Proxy:
         self._first_byte_wait = settings.proxied_first_byte_wait
         self._max_prefix = min(settings.far_range_distance, MAX_SKIP)
 
-    async def respond(self, proxied: ProxiedResponse) -> bool | None:
+    async def respond(self, proxied: ProxiedResponse, *, follows_home: bool = False) -> bool | None:
         """Respond from a source. The first byte must come within `proxied_first_byte_wait`, over all sources.
 
-        Returns whether all bytes of the object were read and verified; None if no source was asked.
+        Returns whether all bytes of the object were read and verified; None if no source was asked. `follows_home`: no
+        fetch of this node brings a range that no source sends by itself, but that of the object's home may.
 
         Raises HttpError 502, 503 (too many proxied responses) or 504 while nothing has been sent, AbortResponse later.
         """
         with self._slot(proxied, started=False):
             try:
                 async with asyncio.timeout(self._first_byte_wait) as proxied.deadline:
-                    if is_small(proxied.media_object, proxied.span):
-                        return await self._respond_small(proxied)
-                    if self._may_share(proxied):
-                        return await self._respond_shared(proxied)
-                    return await self._respond_verified(proxied)
+                    try:
+                        return await self._respond(proxied)
+                    except RangeOutOfReach as error:
+                        if not follows_home:
+                            raise
+                        proxied.out_of_reach = True
+                        return await self._respond_by_home(proxied, error)
             except TimeoutError as error:
                 if proxied.deadline is None or not proxied.deadline.expired():
                     raise
-                raise _too_slow() from error
+                raise (RangeNotFetchedYet() if proxied.out_of_reach else _too_slow()) from error
+
+    async def _respond(self, proxied: ProxiedResponse) -> bool | None:
+        if is_small(proxied.media_object, proxied.span):
+            return await self._respond_small(proxied)
+        if self._may_share(proxied):
+            return await self._respond_shared(proxied)
+        return await self._respond_verified(proxied)
+
+    async def _respond_by_home(self, proxied: ProxiedResponse, error: RangeOutOfReach) -> bool:
+        """Ask the object's home for as long as it says nothing: its fetch may be on the way to the range.
+
+        Raises RangeNotFetchedYet if it says that it takes longer, or cannot be asked, so that another node is the home
+        of the next request. Raises `error` if it cannot bring the range either.
+        """
+        while isinstance(error.home, SourceTooSlow):
+            try:
+                return await self._attempt(proxied, (), None, proxied.position)
+            except RangeOutOfReach as again:
+                error = again
+        match error.home:
+            case SourceRefused(status=503, retry_after=str(after)):
+                raise RangeNotFetchedYet(
+                    {"Retry-After": after} if after.isdecimal() else RETRY_LATER
+                ) from error
+            case SourceUnreachable():
+                raise RangeNotFetchedYet(RETRY_SOON) from error
+        raise error
 
     async def _respond_small(self, proxied: ProxiedResponse) -> bool | None:
         """Respond to a small range from a passage, which others may share."""
@@ -501,6 +547,8 @@ def _no_correct_source() -> HttpError:
 
 
 def _failure(error: AllSourcesFailed, proxied: ProxiedResponse) -> Exception:
+    if proxied.out_of_reach and not proxied.response.started:
+        return RangeOutOfReach(error.home)
     failure = _source_failure(error, proxied.response)
     encoded = error.encoding is not None and proxied.media_object.size is not None
     if isinstance(failure, HttpError) and (error.contradicts_catalog or encoded):
@@ -521,7 +569,7 @@ def _source_failure(error: AllSourcesFailed, response: ResponseWriter) -> HttpEr
             "encoded",
         )
     if error.has_source_in_order:
-        return RangeOutOfReach()
+        return RangeOutOfReach(error.home)
     return HttpError(502, "No source could deliver the object", "sources_failed")
 
 

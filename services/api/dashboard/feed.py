@@ -17,7 +17,6 @@ from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.dashboard.history import STEP, CounterSum, History
 from distributor_node.services.api.health import LOOKUPS_FAIL, HealthChecks
-from distributor_node.services.api.operator.commands import path_of
 from distributor_node.services.api.operator.explain import (
     ObjectExplainer,
     explanation_in_words,
@@ -26,7 +25,7 @@ from distributor_node.services.api.operator.explain import (
 from distributor_node.services.api.status import UsageReader
 from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.extents import Extents
-from distributor_node.shared.domain.objects import ObjectId, source_name
+from distributor_node.shared.domain.objects import ObjectId, path_of, source_name
 from distributor_node.shared.domain.source_order import rank
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase
 from distributor_node.shared.runtime.process import VERSION
@@ -198,9 +197,8 @@ class Feed:
                     found[object_id] = state.extents or Extents.of((0, state.size)), state.verified
                     reader.close()
                 if object_id.is_digest and self._paths.get(object_id) is None:
-                    self._paths[object_id] = path_of(
-                        object_id, self._context.volume.partial_record(object_id)
-                    )
+                    record = self._context.volume.partial_record(object_id)
+                    self._paths[object_id] = path_of(object_id, record)
             except VolumeError:
                 continue
         for object_id in {*self._paths} - {fetch.object_id for fetch in fetches}:

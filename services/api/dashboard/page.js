@@ -162,7 +162,7 @@ function removed(volume, now) {
   if (!volume.removed.length) return make("p", { class: "muted" }, "Nothing, as far as this page knows.");
   return make("ul", { class: "removed" }, volume.removed.toReversed().slice(0, 8).map((one) =>
     make("li", { class: now - one.at < VICTIM_SECONDS ? "new" : "" },
-      make("span", {}, clock(one.at)), make("span", { class: "id mono", title: one.id }, one.id), make("span", {}, bytes(one.size ?? one.bytes)),
+      make("span", {}, clock(one.at)), make("span", { class: "id mono", title: one.id }, one.path ?? one.id), make("span", {}, bytes(one.size ?? one.bytes)),
       make("span", {}, one.words + (one.idle_seconds === undefined ? "" : `; not read for ${duration(one.idle_seconds)}`)))));
 }
 

@@ -237,7 +237,10 @@ def explain_with(context: ApiContext) -> Callable[[ObjectId], Awaitable[dict[str
     explainer = ObjectExplainer(context.state, context.volume, context.settings.evictor)
 
     async def explain(object_id: ObjectId) -> dict[str, Any]:
-        explained, removed = await explainer.explain(object_id), await last_removal(context.state, object_id)
+        removed = await last_removal(context.state, object_id)
+        explained = await explainer.explain(object_id)
+        if removed is not None and explained["path"] is None:
+            explained["path"] = removed.path
         return {"words": await explanation_in_words(context, explained, removed), **explained}
 
     return explain

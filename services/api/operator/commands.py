@@ -22,7 +22,7 @@ from distributor_node.shared.domain.objects import (
     Assignment,
     MediaObject,
     ObjectId,
-    StoredRecord,
+    path_of,
     source_name,
 )
 from distributor_node.shared.domain.operator_state import OperatorState, Warming, WarmingScope
@@ -192,8 +192,12 @@ class OperatorCommands:
         found = heapq.nsmallest(limit + 1, (object_id for object_id in pinned if object_id > after))
         more, page = len(found) > limit, found[:limit]
         states = await self._with_catalog(await self._find_here(page))
+        paths = await known_paths(self._volume, page)
         return {
-            "pins": [{"id": object_id, "state": states[object_id]} for object_id in page],
+            "pins": [
+                {"id": object_id, "path": paths.get(object_id), "state": states[object_id]}
+                for object_id in page
+            ],
             "next": page[-1] if more else None,
             "total": len(pinned),
         }
@@ -205,7 +209,7 @@ class OperatorCommands:
             count = await self._purge_all()
             logger.info("operator_command_accepted", command="purge", objects=count)
             return {"purging": count, "objects": []}
-        here = await self._find_here(object_ids)
+        here, paths = await self._find_here(object_ids), await known_paths(self._volume, object_ids)
         for object_id in object_ids:  # what is fetched after the purge must be looked up after it
             await self._catalog.forget_object(object_id)
         await self._state.request_purges(object_ids)
@@ -213,7 +217,10 @@ class OperatorCommands:
         states = await self._with_catalog(here)
         return {
             "purging": len(object_ids),
-            "objects": [{"id": object_id, "state": states[object_id]} for object_id in object_ids],
+            "objects": [
+                {"id": object_id, "path": paths.get(object_id), "state": states[object_id]}
+                for object_id in object_ids
+            ],
         }
 
     async def warm(self, scope: WarmingScope) -> Warming:
@@ -260,11 +267,17 @@ class OperatorCommands:
         changed = await self._state.change_pins(pin, unpin)
         logger.info("operator_command_accepted", command="pin" if pin else "unpin", changed=len(changed))
         pinned, states = await self._state.pinned(), await self._with_catalog(here)
+        paths = await known_paths(self._volume, object_ids)
         return {
             "changed": len(changed),
             "pinned": len(pinned),
             "objects": [
-                {"id": object_id, "state": states[object_id], "changed": object_id in changed}
+                {
+                    "id": object_id,
+                    "path": paths.get(object_id),
+                    "state": states[object_id],
+                    "changed": object_id in changed,
+                }
                 for object_id in object_ids
             ],
         }
@@ -388,8 +401,7 @@ class OperatorQueries:
                 await asyncio.sleep(0)
         usage = await self._state.usage()
         more, page = len(page) > limit, page[:limit]
-        digests = [entry.object_id for entry in page if entry.object_id.is_digest]
-        paths = await asyncio.to_thread(self._paths, digests) if digests else {}
+        paths = await known_paths(self._volume, [entry.object_id for entry in page])
         return {
             "objects": [
                 _entry_as_json(entry, paths.get(entry.object_id), pinned=entry.object_id in pinned)
@@ -408,27 +420,13 @@ class OperatorQueries:
         """Return all fetches: claimed, queued, in progress or interrupted."""
         fetches = await self._state.fetches()
         downloaded = await asyncio.to_thread(self._downloaded_bytes, [fetch.object_id for fetch in fetches])
-        digests = [fetch.object_id for fetch in fetches if fetch.object_id.is_digest]
-        paths = await asyncio.to_thread(self._paths, digests) if digests else {}
+        paths = await known_paths(self._volume, [fetch.object_id for fetch in fetches])
         return {
             "downloads": [
                 fetch_as_json(fetch, downloaded.get(fetch.object_id, 0), paths.get(fetch.object_id))
                 for fetch in fetches
             ]
         }
-
-    def _paths(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, str]:
-        """Return the paths of these ids that are known from the volume. Blocking: call from a worker thread."""
-        paths: dict[ObjectId, str] = {}
-        for object_id in object_ids:
-            try:
-                record = self._volume.read_record(object_id) or self._volume.partial_record(object_id)
-            except VolumeError:
-                continue
-            path = path_of(object_id, record)
-            if path is not None:
-                paths[object_id] = path
-        return paths
 
     def _downloaded_bytes(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, int]:
         """Return the sizes of partial files. Blocking: call from a worker thread."""
@@ -442,6 +440,20 @@ class OperatorQueries:
                 sizes[object_id] = reader.state().total
                 reader.close()
         return sizes
+
+
+async def known_paths(volume: Volume, object_ids: Sequence[ObjectId]) -> Mapping[ObjectId, str | None]:
+    """Return the paths of those ids that are digests, as far as they are known from the command or the volume."""
+
+    def read() -> dict[ObjectId, str | None]:
+        paths = dict[ObjectId, str | None]()
+        for object_id in digests:
+            with suppress(VolumeError):
+                paths[object_id] = path_of(object_id, None) or volume.path_of(object_id)
+        return paths
+
+    digests = [object_id for object_id in object_ids if object_id.is_digest]
+    return await asyncio.to_thread(read) if digests else {}
 
 
 def warming_as_json(warming: Warming | None) -> dict[str, Any]:
@@ -459,12 +471,6 @@ def warming_as_json(warming: Warming | None) -> dict[str, Any]:
         "notWarmed": [{"id": object_id, "reason": reason} for object_id, reason in warming.not_warmed],
         "reason": warming.reason,
     }
-
-
-def path_of(object_id: ObjectId, record: StoredRecord | None) -> str | None:
-    """Return the path that the id is the digest of, if it is known: percent-encoded, with its query."""
-    found = object_id.with_path(None if record is None else record.name)
-    return found.path if found.is_digest and found.path != found else None
 
 
 def _entry_as_json(entry: IndexEntry, path: str | None, *, pinned: bool) -> dict[str, Any]:

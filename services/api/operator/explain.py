@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.operator.commands import fetch_as_json, path_of
+from distributor_node.services.api.operator.commands import fetch_as_json
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, VolumeError
 from distributor_node.shared.domain.eviction import Gdsf, PolicyEntry
 from distributor_node.shared.domain.eviction.position import Position, position_of
-from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord, path_of
 from distributor_node.shared.domain.space import RECORD_BYTES, EvictionReason
 from distributor_node.shared.ports.state_store import (
     Fetch,

@@ -287,7 +287,7 @@ SCHEMAS: dict[str, Any] = {
     "Purging": _closed(
         purging=count("Objects that are removed if they are here."),
         objects={
-            **array(_closed(id=_OBJECT_ID, state=_STATE)),
+            **array(_closed(id=_OBJECT_ID, path=_PATH_OF_ID, state=_STATE)),
             "description": "Those that were named, as the purge found them.",
         },
     ),
@@ -297,13 +297,14 @@ SCHEMAS: dict[str, Any] = {
         objects=array(
             _closed(
                 id=_OBJECT_ID,
+                path=_PATH_OF_ID,
                 state=_STATE,
                 changed={**_FLAG, "description": "False: it was pinned already, or was not pinned."},
             )
         ),
     ),
     "PinnedPage": _closed(
-        pins=array(_closed(id=_OBJECT_ID, state=_STATE)),
+        pins=array(_closed(id=_OBJECT_ID, path=_PATH_OF_ID, state=_STATE)),
         next=_or_null(_TEXT),
         total=count("All objects that are pinned, here or not."),
     ),

@@ -117,7 +117,9 @@ class LookupQueue:
     def drop(self) -> ObjectId | None:
         """Take out the look-up that is refused when there are too many. None: the queue is empty.
 
-        It is the oldest one of the client with the most, and of an object that was not seen before, if there is any.
+        It is the oldest one of the client with the most, and of an object that was not seen before, if there is any. Of
+        clients with as many, the one that has waited longest is refused. Were it the newest, what waits would be too
+        much for half of each query, which is what the oldest get: the answer came as their wait ended, or too late.
         """
         clients = self._unseen or self._seen
         if not clients:

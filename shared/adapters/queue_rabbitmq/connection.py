@@ -17,7 +17,9 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import pamqp.frame
 import structlog
 from aio_pika import DeliveryMode
 from aio_pika.abc import AbstractChannel
@@ -25,9 +27,13 @@ from aio_pika.connection import Connection, make_url
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPError, ChannelPreconditionFailed, PublishError
 from aiormq.abc import AbstractChannel as AmqpChannel
 from aiormq.abc import DeliveredMessage
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
+from pamqp import constants
 from pamqp.commands import Basic
 from pamqp.common import Arguments, FieldTable, FieldValue
-from pamqp.encode import encode_table_value
+from pamqp.encode import encode_table_value, field_table
+from pamqp.header import ContentHeader
+from yarl import URL
 
 from distributor_node.shared.domain.errors import ConfigurationError, InvalidJob, JobQueueUnavailable
 from distributor_node.shared.domain.jobs import FetchJob, RetryPlan, decode_job, encode_job
@@ -100,6 +106,7 @@ async def open_session(url: str, name: str, *, confirms: bool) -> AsyncGenerator
     connection = Connection(
         make_url(url, heartbeat=HEARTBEAT_SECONDS), client_properties={"connection_name": name}
     )
+    connection.kwargs["transport_factory"] = ReadableFramesTransport()
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             await connection.connect()
@@ -118,6 +125,91 @@ async def _close(connection: Connection) -> None:
             await connection.close()
     except BROKER_ERRORS as error:
         logger.info("broker_close_failed", error=repr(error))
+
+
+# The properties of a message may be such as the broker passes on and pamqp does not read: a short string that is not
+# UTF-8, a time after the year 9999, a thousand tables in one another. The error would end the connection, and the
+# broker would deliver the message to the next one, for ever.
+
+UNREADABLE_HEADER = "x-distributor-unreadable"
+PROPERTIES_HEADER = "x-distributor-properties"
+
+_FRAME_HEAD = struct.Struct(">BHI")  # type, channel, length of the payload, which one more byte follows
+_CONTENT_HEAD = struct.Struct(">HHQ")  # class, weight, length of the body; the properties follow
+_DELIVER = struct.pack(">HH", 60, 60)
+_MAX_PROPERTIES_TEXT = 1000
+
+
+class ReadableFramesTransport(TransportFactory):
+    """Connects as aiormq does, and reads frames through ReadableFrames."""
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        connects = TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory()
+        reader, writer = await connects.create(url, **kwargs)
+        return ReadableFrames(reader), writer
+
+
+class ReadableFrames(asyncio.StreamReader):
+    """Frames of the broker. In place of properties that pamqp does not read stand some that say so."""
+
+    def __init__(self, stream: asyncio.StreamReader) -> None:
+        super().__init__()
+        self._stream = stream
+        self._frame = b""  # the one that is being read
+        self._position = 0  # up to where
+
+    def at_eof(self) -> bool:
+        return self._position == len(self._frame) and self._stream.at_eof()
+
+    async def readexactly(self, n: int) -> bytes:
+        """Return the next `n` bytes of the same frame. Raises IncompleteReadError at the end of the stream."""
+        if self._position == len(self._frame):
+            self._frame = await self._next()
+            self._position = 0
+        begin, self._position = self._position, self._position + n
+        return self._frame[begin : self._position]
+
+    async def _next(self) -> bytes:
+        head = await self._stream.readexactly(_FRAME_HEAD.size)
+        if head.startswith(constants.AMQP):  # the broker speaks another version; aiormq says so
+            return head
+        kind, _, length = _FRAME_HEAD.unpack(head)
+        frame = head + await self._stream.readexactly(length + 1)
+        if kind == constants.FRAME_HEADER or frame.startswith(_DELIVER, _FRAME_HEAD.size):
+            return to_readable(frame)
+        return frame
+
+
+def to_readable(frame: bytes) -> bytes:
+    """Return the frame as it came, or what says instead why pamqp does not read it."""
+    try:
+        pamqp.frame.unmarshal(frame)
+    except Exception as error:  # noqa: BLE001  of a nested table a RecursionError, of a time an OverflowError
+        kind, channel, _ = _FRAME_HEAD.unpack_from(frame)
+        payload = frame[_FRAME_HEAD.size : -1]
+        if kind == constants.FRAME_HEADER and len(payload) > _CONTENT_HEAD.size:
+            return pamqp.frame.marshal(_unreadable(payload, error), channel)
+        if kind == constants.FRAME_METHOD and len(payload) > len(_DELIVER):
+            return _without_names(frame)
+    return frame
+
+
+def _unreadable(payload: bytes, error: Exception) -> ContentHeader:
+    _, _, body_size = _CONTENT_HEAD.unpack_from(payload)
+    given = repr(payload[_CONTENT_HEAD.size :][:_MAX_PROPERTIES_TEXT])[2:-1]
+    properties = Basic.Properties(
+        headers={UNREADABLE_HEADER: str(error)[:_MAX_TEXT], PROPERTIES_HEADER: given[:_MAX_PROPERTIES_TEXT]}
+    )
+    return ContentHeader(body_size=body_size, properties=properties)
+
+
+def _without_names(frame: bytes) -> bytes:
+    """A delivery without the names of its exchange and its routing key, which tell the node nothing."""
+    tag_at = _FRAME_HEAD.size + len(_DELIVER)
+    names_at = tag_at + 1 + frame[tag_at] + 8 + 1  # after the consumer tag, the delivery tag and the flag
+    payload = frame[_FRAME_HEAD.size : names_at] + b"\0\0"
+    kind, channel, _ = _FRAME_HEAD.unpack_from(frame)
+    return _FRAME_HEAD.pack(kind, channel, len(payload)) + payload + constants.FRAME_END_CHAR
 
 
 HIGH, LOW = 1, 0
@@ -196,9 +288,11 @@ def _milliseconds(seconds: float) -> int:
 ATTEMPT_HEADER = "x-distributor-attempt"
 REQUEST_ID_HEADER = "x-distributor-request-id"
 REASON_HEADER = "x-distributor-reason"
+OMITTED_HEADER = "x-distributor-omitted-headers"
 TRACE_HEADER = "traceparent"
 
 _MAX_TEXT = 200
+_MAX_HEADERS = 2500  # bytes: properties are one frame, and no broker refuses one of 4096 bytes
 _MAX_ATTEMPT = 1_000_000
 
 
@@ -229,6 +323,8 @@ def to_message(job: FetchJob) -> Message:
 def to_job(message: DeliveredMessage) -> FetchJob:
     """Decode a message. Raises InvalidJob, with the reason."""
     headers = message.header.properties.headers or {}
+    if UNREADABLE_HEADER in headers:
+        raise InvalidJob(f"properties cannot be read: {headers[UNREADABLE_HEADER]!s}")
     attempt = headers.get(ATTEMPT_HEADER, 1)
     if not isinstance(attempt, int) or isinstance(attempt, bool) or not 0 < attempt <= _MAX_ATTEMPT:
         raise InvalidJob(
@@ -251,10 +347,7 @@ def to_dead_letter(message: DeliveredMessage, reason: str) -> Message:
     given = message.header.properties
     properties = Basic.Properties(
         content_type=given.content_type,
-        headers={
-            **{name: _encodable(value) for name, value in (given.headers or {}).items()},
-            REASON_HEADER: reason[:_MAX_TEXT],
-        },
+        headers={**_encodable_headers(given.headers or {}), REASON_HEADER: reason[:_MAX_TEXT]},
         delivery_mode=DeliveryMode.PERSISTENT,
         correlation_id=given.correlation_id,
         message_id=_new_message_id(),
@@ -262,13 +355,33 @@ def to_dead_letter(message: DeliveredMessage, reason: str) -> Message:
     return Message(message.body, properties)
 
 
+def _encodable_headers(given: FieldTable) -> FieldTable:
+    """Headers as they can be sent, and how many there is no room for."""
+    headers: FieldTable = {}
+    size = 0
+    for name, value in given.items():
+        encodable = _encodable(value)
+        size += len(field_table({name: encodable}))
+        if size > _MAX_HEADERS:
+            return {**headers, OMITTED_HEADER: len(given) - len(headers)}
+        headers[name] = encodable
+    return headers
+
+
 def _encodable(value: FieldValue) -> FieldValue:
-    """A header as it can be sent; as text if pamqp reads it but does not write it, as a string that is not UTF-8."""
+    """A header as it can be sent; as text if pamqp reads it but does not write it, as a string that is not UTF-8.
+
+    As text, too, if it is long.
+    """
     try:
-        encode_table_value(value)
-    except (TypeError, ValueError, OverflowError, struct.error):
+        if len(encode_table_value(value)) <= _MAX_HEADERS:
+            return value
+    except (TypeError, ValueError, OverflowError, RecursionError, struct.error):
+        pass
+    try:
         return repr(value)[:_MAX_TEXT]
-    return value
+    except RecursionError:
+        return "tables in too many tables"
 
 
 def _new_message_id() -> str:

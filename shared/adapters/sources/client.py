@@ -93,7 +93,7 @@ def validate_response(
         SourceWrong: the response contradicts the request or the catalog.
     """
     if status not in (200, 206):
-        raise SourceRefused(f"responded {status}", status)
+        raise SourceRefused(f"responded {status}", status, headers.get("Retry-After"))
     validators = Validators.from_headers(headers)
     encoding = headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", ""):

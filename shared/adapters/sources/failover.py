@@ -122,7 +122,7 @@ class FailoverReader:
         hops: Mapping[str, Hop] = {}
         if self._peers is not None:
             hops = self._hops(self._peers, media_object.object_id, preference.peers)
-        rotation = _Rotation(ranked, tuple(hops))
+        rotation, home = _Rotation(ranked, tuple(hops)), None
         while span.needs_request and (url := rotation.next_source()) is not None:
             began_at = span.position
             try:
@@ -147,12 +147,13 @@ class FailoverReader:
                 rotation.record_failure_of(url, error, sent_bytes=span.position > began_at)
                 if url in hops:
                     self._record_failed_hop(hops[url], error, span)
+                    home = home if hops[url].only_if_cached else error
                 else:
                     self._record_failure(url, error, span)
                 if not span.can_continue:
                     break
         if span.needs_request:
-            raise AllSourcesFailed(rotation.errors)
+            raise AllSourcesFailed(rotation.errors, home)
 
     def _hops(self, peers: Peers, object_id: ObjectId, use: PeerUse) -> Mapping[str, Hop]:
         """Return the requests to peers by URL, without peers that have sent corrupt bytes of the object."""

@@ -62,7 +62,7 @@ from distributor_node.shared.adapters.volume.records import (
 )
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.formats import FORMAT, check_format
-from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord, path_of
 from distributor_node.shared.domain.space import DeviceSpace
 from distributor_node.shared.observability.logging import OncePerKey
 from distributor_node.shared.observability.metrics import FILES_CHANGED, VOLUME_READ_ERRORS
@@ -275,6 +275,12 @@ class Volume:
             self._require_missing(f"{place}/{object_id}", error)
             return None
         return _stored(body, object_id)
+
+    def path_of(self, object_id: ObjectId) -> str | None:
+        """The path that an id is the digest of, as its record has it or the sidecar of its partial file."""
+        if not object_id.is_digest:
+            return None
+        return path_of(object_id, self.read_record(object_id) or self.partial_record(object_id))
 
     def _require_missing(self, path: str, error: OSError) -> None:
         """Raise VolumeError unless there is no file of this name, or something else than a plain file."""

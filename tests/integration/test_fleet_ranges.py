@@ -1,0 +1,105 @@
+"""Far ranges of a source that ignores ranges, at a node of a fleet that leaves the fetch to the object's home."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from distributor_node.services.demo.faults import Fault
+from distributor_node.services.demo.objects import MIB, DemoObject
+from distributor_node.services.demo.storage_node import StorageNode
+from tests.end_to_end.client import Answer
+from tests.integration.fleet_harness import Fleet, start_all
+from tests.servers.redis_server import free_port
+
+FIRST = 20 * MIB
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
+    """Two nodes, not started."""
+    async with AsyncExitStack() as stack:
+        far = await stack.enter_async_context(StorageNode([]).run())
+        made = Fleet(tmp_path, far, stack, [f"http://127.0.0.1:{free_port()}" for _ in range(2)])
+        made.publish()
+        try:
+            yield made
+        finally:
+            for base in list(made.stops):
+                await made.stop(base)
+
+
+def publish(fleet: Fleet, home: str, bytes_per_second: int) -> DemoObject:
+    item = fleet.homed_at(home, 24 * MIB)
+    fleet.publish(item)
+    fleet.far.faults.add(Fault(ignore_range=True, bytes_per_second=bytes_per_second))
+    return item
+
+
+async def far_range(fleet: Fleet, item: DemoObject, length: int = MIB) -> Answer:
+    """Ask the node that does not keep the object."""
+    return await fleet.get(fleet.bases[1], item.object_id, Range=f"bytes={FIRST}-{FIRST + length - 1}")
+
+
+@pytest.mark.parametrize("length", [MIB, 1000])
+async def test_a_range_is_waited_for_that_the_fetch_of_the_home_brings(fleet: Fleet, length: int) -> None:
+    """Longer than one request to the home may take."""
+    item = publish(fleet, fleet.bases[0], 8 * MIB)
+    fleet.waits = {"public_api": {"proxied_first_byte_wait": 60}, "fetch": {"first_byte_timeout": 1}}
+    await start_all(fleet, hot_views=1000)
+    answer = await far_range(fleet, item, length)
+    assert (answer.status, answer.body) == (206, item.content.read(FIRST, length))
+    assert not fleet.stored(fleet.bases[1], item.object_id)
+    wholes = [one for one in fleet.far.requests.of(item.object_id, "GET") if one.range is None]
+    assert len(wholes) == 1
+
+
+async def test_a_range_that_comes_too_late_is_to_be_asked_for_again(fleet: Fleet) -> None:
+    item = publish(fleet, fleet.bases[0], MIB)
+    fleet.waits = {"public_api": {"proxied_first_byte_wait": 1.5}, "fetch": {"first_byte_timeout": 1}}
+    await start_all(fleet, hot_views=1000)
+    for _ in range(2):
+        answer = await far_range(fleet, item)
+        assert (answer.status, answer.json()["type"]) == (503, "range_not_fetched_yet")
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+@asynccontextmanager
+async def scripted_home(answer: bytes) -> AsyncIterator[str]:
+    """The base URL of a node that is alive, and answers each request for an object with `answer`, if with anything."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}" if b"/status" in head else answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "kind", "retry_after"),
+    [
+        (b"503 Busy\r\nRetry-After: 7", 503, "range_not_fetched_yet", "7"),
+        (b"503 Busy\r\nRetry-After: soon", 503, "range_not_fetched_yet", "5"),
+        (b"502 Failed", 502, "sources_failed", None),
+        (b"404 Unknown", 502, "sources_failed", None),
+        (b"", 503, "range_not_fetched_yet", "2"),
+    ],
+)
+async def test_what_the_home_says_of_the_range_is_passed_on(
+    fleet: Fleet, said: bytes, status: int, kind: str, retry_after: str | None
+) -> None:
+    response = b"HTTP/1.1 %s\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % said if said else b""
+    async with scripted_home(response) as home:
+        fleet.bases[0] = home
+        item = publish(fleet, home, 8 * MIB)
+        await fleet.start(fleet.bases[1], hot_views=1000)
+        answer = await far_range(fleet, item)
+        assert (answer.status, answer.json()["type"]) == (status, kind)
+        assert answer.headers.get("retry-after") == retry_after
