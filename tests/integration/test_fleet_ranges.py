@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from distributor_node.services.api.assets.proxy import ProxiedResponse, Proxy
 from distributor_node.services.demo.faults import Fault
 from distributor_node.services.demo.objects import MIB, DemoObject
 from distributor_node.services.demo.storage_node import StorageNode
@@ -103,3 +104,20 @@ async def test_what_the_home_says_of_the_range_is_passed_on(
         answer = await far_range(fleet, item)
         assert (answer.status, answer.json()["type"]) == (status, kind)
         assert answer.headers.get("retry-after") == retry_after
+
+
+async def test_a_range_that_the_home_has_brought_is_not_taken_for_the_verified_object(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    respond, verified = Proxy.respond, []
+
+    async def noted(self: Proxy, proxied: ProxiedResponse, *, follows_home: bool = False) -> bool | None:
+        verified.append(await respond(self, proxied, follows_home=follows_home))
+        return verified[-1]
+
+    monkeypatch.setattr(Proxy, "respond", noted)
+    item = publish(fleet, fleet.bases[0], 8 * MIB)
+    fleet.waits = {"public_api": {"proxied_first_byte_wait": 60}, "fetch": {"first_byte_timeout": 1}}
+    await start_all(fleet, hot_views=1000)
+    assert (await far_range(fleet, item)).status == 206
+    assert True not in verified

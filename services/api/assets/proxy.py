@@ -205,15 +205,19 @@ class Proxy:
     async def _respond_by_home(self, proxied: ProxiedResponse, error: RangeOutOfReach) -> bool:
         """Ask the object's home for as long as it says nothing: its fetch may be on the way to the range.
 
-        Raises RangeNotFetchedYet if it says that it takes longer, or cannot be asked, so that another node is the home
-        of the next request. Raises `error` if it cannot bring the range either.
+        Returns False: what comes is not verified. Raises RangeNotFetchedYet if the home says that it takes longer, or
+        cannot be asked, so that another node is the home of the next request. Raises `error` if it cannot bring the
+        range either.
         """
-        while isinstance(error.home, SourceTooSlow):
+        home = error.home
+        while isinstance(home, SourceTooSlow):
             try:
-                return await self._attempt(proxied, (), None, proxied.position)
+                await self._attempt(proxied, (), None, proxied.position)
             except RangeOutOfReach as again:
-                error = again
-        match error.home:
+                error, home = again, again.home
+            else:
+                return False
+        match home:
             case SourceRefused(status=503, retry_after=str(after)):
                 raise RangeNotFetchedYet(
                     {"Retry-After": after} if after.isdecimal() else RETRY_LATER
