@@ -106,6 +106,29 @@ async def test_what_the_home_says_of_the_range_is_passed_on(
         assert answer.headers.get("retry-after") == retry_after
 
 
+async def test_a_range_is_to_be_asked_for_again_whose_home_leaves_while_it_is_waited_for(
+    fleet: Fleet,
+) -> None:
+    """As a node does that loses its power: it has said that it fetches the object, and answers nothing any more."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"/status" not in head:
+            writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        fleet.bases[0] = home = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        item = publish(fleet, home, 8 * MIB)
+        fleet.waits = {"public_api": {"proxied_first_byte_wait": 60}, "fetch": {"first_byte_timeout": 5}}
+        await fleet.start(fleet.bases[1], hot_views=1000, first_byte_wait=1, probe_interval=0.1)
+        answer = await far_range(fleet, item)
+        assert (answer.status, answer.json()["type"]) == (503, "range_not_fetched_yet")
+        assert answer.headers["retry-after"] == "2"
+
+
 async def test_a_range_that_the_home_has_brought_is_not_taken_for_the_verified_object(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,10 +206,12 @@ class Proxy:
         """Ask the object's home for as long as it says nothing: its fetch may be on the way to the range.
 
         Returns False: what comes is not verified. Raises RangeNotFetchedYet if the home says that it takes longer, or
-        cannot be asked, so that another node is the home of the next request. Raises `error` if it cannot bring the
-        range either.
+        cannot be asked (any more), so that another node, perhaps this one, is the home of the next request. Raises
+        `error` if it cannot bring the range either.
         """
         home = error.home
+        if home is None:
+            raise error
         while isinstance(home, SourceTooSlow):
             try:
                 await self._attempt(proxied, (), None, proxied.position)
@@ -222,7 +224,7 @@ class Proxy:
                 raise RangeNotFetchedYet(
                     {"Retry-After": after} if after.isdecimal() else RETRY_LATER
                 ) from error
-            case SourceUnreachable():
+            case SourceUnreachable() | None:
                 raise RangeNotFetchedYet(RETRY_SOON) from error
         raise error
 
