@@ -19,7 +19,15 @@ from pamqp.header import ContentHeader
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.adapters.queue_rabbitmq.connection import Topology, to_dead_letter
 from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
-from distributor_node.shared.domain.jobs import DeadLetter, JobOutcome, RetryPlan, encode_job
+from distributor_node.shared.domain.jobs import (
+    Ack,
+    DeadLetter,
+    FetchJob,
+    JobOutcome,
+    Retry,
+    RetryPlan,
+    encode_job,
+)
 from tests.contract.queue_harness import consuming, done, make_job, wait_for_depth
 
 pytestmark = pytest.mark.servers
@@ -310,3 +318,24 @@ async def test_names_and_delays_are_whole_milliseconds() -> None:
         "node.dead",
     )
     assert tuple(topology.queues()) == topology.names
+
+
+@pytest.mark.parametrize(
+    "request_id",
+    ["a" * 130_950, "é" * 150],  # with other properties too long for a frame; too long for a short string
+)
+async def test_a_job_of_a_long_request_id_is_attempted_again(
+    queue: RabbitJobQueue, topology: Topology, channel: AbstractChannel, request_id: str
+) -> None:
+    outcomes: list[JobOutcome] = [Retry("later"), Ack()]
+
+    async def next_outcome(_: FetchJob) -> JobOutcome:
+        return outcomes.pop(0)
+
+    await queue.ping()
+    message = aio_pika.Message(_JOB, headers={"x-distributor-request-id": request_id})
+    await channel.default_exchange.publish(message, topology.work)
+    async with consuming(queue, next_outcome) as recorder:
+        await recorder.wait_for(lambda: len(recorder.ended) == 2)
+    assert [job.attempt for job in recorder.started] == [1, 2]
+    assert all(request_id.startswith(job.request_id) for job in recorder.started)

@@ -337,7 +337,8 @@ def to_job(message: DeliveredMessage) -> FetchJob:
     return decode_job(
         message.body,
         attempt=attempt,
-        request_id=request_id,
+        # A longer one would make the properties of the next attempt too long to be sent.
+        request_id=request_id.encode()[:_MAX_TEXT].decode(errors="ignore"),
         trace=trace[:_MAX_TEXT] if isinstance(trace, str) else "",
     )
 
