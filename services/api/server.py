@@ -129,7 +129,10 @@ class PublicServer:
         logger.info("server_closed", port=self.port)
 
     async def _release_port(self, accept_loop: AcceptLoop, drain_seconds: float) -> None:
-        """Close the listening socket once no connection is queued or half-open."""
+        """Close the listening socket once no connection is queued or half-open.
+
+        On a busy machine some may still be queued when the time for that is over.
+        """
         self._port_free.clear()
         quiet = QUIET_PERIOD_SHARED if self._address.shared else QUIET_PERIOD
         try:
@@ -140,6 +143,7 @@ class PublicServer:
                 quiet,
             )
         finally:
+            accept_loop.accept_queued()
             accept_loop.close()
             self._port_free.set()
         await accept_loop.wait_connected()
