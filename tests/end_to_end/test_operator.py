@@ -310,9 +310,9 @@ async def test_pinned_objects_are_not_evicted(harness: Harness) -> None:
         "changed": 3,
         "pinned": 3,
         "objects": [
-            {"id": "1", "state": "stored", "changed": True},
-            {"id": "14", "state": "absent", "changed": True},
-            {"id": "1000", "state": "unknown", "changed": True},
+            {"id": "1", "path": None, "state": "stored", "changed": True},
+            {"id": "14", "path": None, "state": "absent", "changed": True},
+            {"id": "1000", "path": None, "state": "unknown", "changed": True},
         ],
     }
     await killed_and_started_again(harness)

@@ -118,7 +118,7 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(operated: tuple[Harn
         "distributor: malformed object id: expected no control characters and no dot"
     )
     done = await command(operator, "purge", "-", stdin="1\n2\n\n")
-    stored = [{"id": name, "state": "stored"} for name in ("1", "2")]
+    stored = [{"id": name, "path": None, "state": "stored"} for name in ("1", "2")]
     assert json.loads(done.stdout) == {"purging": 2, "objects": stored}
 
     async def purged() -> bool:
