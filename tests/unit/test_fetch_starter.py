@@ -15,6 +15,7 @@ from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.domain.space import AdmissionQuestion
 from distributor_node.shared.ports.state_store import Claim, FetchPhase, WorkerReport
+from tests.waiting import eventually
 
 WANTED = MediaObject(ObjectId("1"), 10)
 
@@ -52,9 +53,25 @@ async def queue() -> SlowQueue:
     return queue
 
 
-async def phase(state: SlowStore) -> FetchPhase | None:
+async def phase(state: MemoryStateStore) -> FetchPhase | None:
     fetch = (await state.find(WANTED.object_id)).fetch
     return fetch.phase if fetch else None
+
+
+async def test_a_claim_is_marked_as_queued_after_the_first_moments_of_its_fetch() -> None:
+    state = MemoryStateStore(1000, StateTimeouts(), time.time)
+    queue = MemoryJobQueue(RetryPlan())
+    await queue.open()
+    starter = FetchStarter(state, queue, "api-1", lambda _: False)
+    await starter.start(WANTED, "request")
+
+    async def is_published() -> bool:
+        return bool((await queue.depth()).ready)
+
+    await eventually(is_published, pause=0)
+    assert await phase(state) is FetchPhase.CLAIMED
+    await starter.close()
+    assert await phase(state) is FetchPhase.QUEUED
 
 
 @pytest.mark.parametrize("leaves_after", [0.0, 0.01, 0.03])

@@ -43,6 +43,9 @@ START_AGAIN_INTERVAL = 2.0
 """Seconds between two jobs, from the same process, for an object whose fetch its followers find parked: if such a job
 ends at once (it is refused, or cannot be published), the fetch is parked again, and all of them are told."""
 _MAX_NOTED = 1_000
+_MARK_DELAY = 0.05
+"""Seconds from a job's publishing until its claim is marked as queued; a claim lasts far longer. Until then the loop and
+the state store work for the first byte. Most fetches have begun by then, and the mark changes nothing."""
 
 LATE = 60.0
 """Seconds from publishing after which a job that has not begun may be lost: its queue was deleted, or its broker."""
@@ -252,6 +255,8 @@ class FetchStarter:
         finally:
             if not published:
                 start.publish_failed.set()
+        if published:
+            await asyncio.sleep(_MARK_DELAY)
         update = self._state.mark_queued if published else self._state.release_claim
         await self._update_claim(update, job.object_id, job.request_id)
 
