@@ -44,8 +44,8 @@ START_AGAIN_INTERVAL = 2.0
 ends at once (it is refused, or cannot be published), the fetch is parked again, and all of them are told."""
 _MAX_NOTED = 1_000
 _MARK_DELAY = 0.05
-"""Seconds from a job's publishing until its claim is marked as queued; a claim lasts far longer. Until then the loop and
-the state store work for the first byte. Most fetches have begun by then, and the mark changes nothing."""
+"""Seconds from a job's publishing until its claim is marked as queued; a claim lasts far longer. Until then loop and
+state store work for the first byte. Most fetches have begun by then, and the mark changes nothing."""
 
 LATE = 60.0
 """Seconds from publishing after which a job that has not begun may be lost: its queue was deleted, or its broker."""
