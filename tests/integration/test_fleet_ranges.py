@@ -69,6 +69,21 @@ async def test_a_range_that_comes_too_late_is_to_be_asked_for_again(fleet: Fleet
         assert int(answer.headers["retry-after"]) >= 1
 
 
+async def test_a_source_is_not_asked_again_for_a_range_that_it_ignores(fleet: Fleet) -> None:
+    """Neither by the home, nor by the node that asks it."""
+
+    def asked() -> int:
+        return sum(one.range is not None for one in fleet.far.requests.of(item.object_id, "GET"))
+
+    item = publish(fleet, fleet.bases[0], MIB)
+    fleet.waits = {"public_api": {"proxied_first_byte_wait": 1.5}, "fetch": {"first_byte_timeout": 1}}
+    await start_all(fleet, hot_views=1000)
+    assert (await far_range(fleet, item)).status == 503
+    before = asked()
+    assert (await far_range(fleet, item)).json()["type"] == "range_not_fetched_yet"
+    assert asked() == before
+
+
 @asynccontextmanager
 async def scripted_home(answer: bytes) -> AsyncIterator[str]:
     """The base URL of a node that is alive, and answers each request for an object with `answer`, if with anything."""

@@ -38,6 +38,7 @@ from distributor_node.shared.adapters.sources.failover import Chunk, Preference
 from distributor_node.shared.adapters.volume import PartialReader
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
+    SourceIgnoresRange,
     SourceRefused,
     SourceTooSlow,
     SourceUnreachable,
@@ -235,8 +236,7 @@ class Proxy:
         if kept is not None:
             await self._send_passage(proxied, kept)
             return None
-        self._check_reach(proxied, span.first)
-        sources = _in_order(proxied)
+        sources = self._within_reach(proxied, span.first, _in_order(proxied))
         if proxied.peer_use is not PeerUse.FETCH:
             return await self._respond_verified(proxied)  # a passage may be read on behalf of the asking peer
         try:
@@ -269,8 +269,7 @@ class Proxy:
         if kept is not None:
             await self._send_passage(proxied, kept)
             return None
-        self._check_reach(proxied, span.first)
-        sources = _in_order(proxied)
+        sources = self._within_reach(proxied, span.first, _in_order(proxied))
         parts = self.passages.follow(media_object, sources, span, proxied.on_source_response)
         try:
             async with aclosing(parts):
@@ -414,7 +413,7 @@ class Proxy:
 
         Raises _FileCaughtUp once `caught_up` is set.
         """
-        self._check_reach(proxied, first)
+        sources = self._within_reach(proxied, first, sources)
         last = proxied.span.last
         version = proxied.representation.version
         wanted = replace(proxied.media_object, validators=version.validators)
@@ -454,19 +453,23 @@ class Proxy:
         await proxied.finish()
         return True
 
-    def _check_reach(self, proxied: ProxiedResponse, first: int) -> None:
-        """Raise at once if the sources are known to ignore a range that begins at `first`.
+    def _within_reach(self, proxied: ProxiedResponse, first: int, sources: Sequence[str]) -> Sequence[str]:
+        """Return the sources to ask for a range that begins at `first`: none if they are known to ignore it.
 
-        Not while there are peers to ask: one may have it by now.
+        Then peers alone are asked: one may have it by now. If there are none, raises at once.
         """
         media_object = proxied.media_object
-        if self.passages.is_out_of_reach(media_object, first) and not self._failover_reader.asks_peers(
-            media_object.object_id, proxied.peer_use
-        ):
+        if not self.passages.is_out_of_reach(media_object, first):
+            return sources
+        if not self._failover_reader.asks_peers(media_object.object_id, proxied.peer_use):
             raise AbortResponse(_SOURCE_FAILED) if proxied.response.started else RangeOutOfReach()
+        proxied.out_of_reach = True
+        return ()
 
     def _failure(self, error: AllSourcesFailed, proxied: ProxiedResponse) -> Exception:
-        if error.ranges_ignored:
+        is_of_peer = self._failover_reader.is_of_peer
+        of_sources = [one for url, one in error.errors.items() if not is_of_peer(url)]
+        if of_sources and all(isinstance(one, SourceIgnoresRange) for one in of_sources):
             self.passages.note_ranges_ignored(proxied.media_object)
         return _failure(error, proxied)
 
