@@ -319,8 +319,10 @@ class FetchWindow:
         self.window = window
         self._near = max(window, near)
         self._lasting = Completion.ORDERED if ordered else None
-        self._passing: Completion | None = Completion.VIEWERS_UNKNOWN
-        self._viewers: Sequence[Viewer] = (Viewer(0, 0),)  # the last ones that there were
+        self._passing: Completion | None = None
+        self._viewers: Sequence[Viewer] = (
+            Viewer(0, 0),
+        )  # the last ones there were; one, until `update` tells
         self._unknown_until = now + _SETTLING
         self._told = False
         self._alone_since: float | None = None

@@ -155,6 +155,25 @@ async def test_its_first_request_does_not_wait_until_its_viewers_are_known(
         assert await start(harness) == Ack("fetched")
 
 
+async def test_it_reads_one_window_until_its_viewers_are_known(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, answers = harness.state.followers, asyncio.Event()
+
+    async def followers(object_id: ObjectId) -> Followers:
+        await answers.wait()
+        return await known(object_id)
+
+    monkeypatch.setattr(harness.state, "followers", followers)
+    await claim(harness)
+    with viewers(harness, SIZE - MIB):
+        fetching = start(harness)
+        assert await until_still(harness) < SIZE
+        assert WINDOW <= (harness.partial_size() or 0) <= WINDOW + SLACK
+        answers.set()
+        assert await fetching == Ack("fetched")
+
+
 async def test_without_viewers_it_ends_and_keeps_what_it_has(harness: Harness) -> None:
     await claim(harness)
     with viewers(harness, MIB) as viewer:

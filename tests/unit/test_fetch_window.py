@@ -95,8 +95,10 @@ def test_without_viewers_streams_stay_where_the_last_ones_were() -> None:
 
 def test_viewers_are_unknown_until_a_process_has_told_or_had_the_time_to() -> None:
     window = FetchWindow(SIZE, WINDOW, 0.0)
-    assert reason(window) is Completion.VIEWERS_UNKNOWN
+    assert window.may_read(WINDOW - 1, prefix(WINDOW - 1))  # before they were looked at for the first time
+    assert not window.may_read(WINDOW, prefix(WINDOW))
     window.update(1.0, [], told=False)
+    assert reason(window) is Completion.VIEWERS_UNKNOWN
     assert window.may_read(90 * MIB, prefix(90 * MIB))
     assert window.alone_for(4.0) == 0
     window.update(6.0, [], told=False)
