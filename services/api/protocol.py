@@ -264,6 +264,7 @@ class Timeouts:
 
     @classmethod
     def of(cls, application: Sanic[Any, Any]) -> Self:
+        """Return those of its configuration."""
         config = application.config
         timeouts = (config.REQUEST_TIMEOUT, config.RESPONSE_TIMEOUT, config.KEEP_ALIVE_TIMEOUT)
         return cls(*timeouts, max(0.02, min(_MAX_CHECK_INTERVAL, min(timeouts) / 4)))
@@ -273,8 +274,8 @@ class PublicProtocol(HttpProtocol):
     """A connection with timeouts. Sanic counts them from the last call of `send`. That aborts a paused player, and lets
     a slow head live for ever.
 
-    Sanic's part of the connection, with its task, begins with the first bytes that are for it (`_begin`). It costs half
-    of what a new connection costs, and most clients ask for hits alone.
+    Sanic's part of the connection, with its task, begins with the first bytes that are for it (`_begin`). It costs two
+    fifths of what a new connection costs, and most clients ask for hits alone.
     """
 
     HTTP_CLASS = ApiHttp

@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -196,9 +195,9 @@ class ObjectRemover:
         """
         # Before the store is asked: see `Removal.rename_to_trash`
         expected = await run_blocking(self._volume.identity_of, object_id)
-        paths = await self.paths_of([object_id])
         outcome = await self.evict(term, object_id, ANY_IDLE, reason, even_pinned=True)
         if outcome is RemovalOutcome.IN_USE:
+            paths = await self.paths_of([object_id])
             if not await self._state.begin_eviction(term, object_id, ANY_IDLE, even_pinned=True):
                 return RemovalOutcome.REFUSED
             self._begun[object_id] = reason, paths.get(object_id)
@@ -216,7 +215,7 @@ class ObjectRemover:
             else:
                 if await self._state.detach_eviction(term, object_id):
                     size = 0 if expected is None else expected[2]
-                    why, path = self._begun.pop(object_id, (reason, paths.get(object_id)))
+                    why, path = self._begun.pop(object_id, (reason, None))
                     self.record_removed(object_id, why, size, path)
         logger.info("eviction_deferred", object_id=object_id, reason=reason)
         return RemovalOutcome.DEFERRED
@@ -262,7 +261,7 @@ class ObjectRemover:
     async def paths_of(self, object_ids: Sequence[ObjectId]) -> Mapping[ObjectId, str]:
         """Read the paths that ids are the digests of, for who asks what was removed: their records go as well."""
         digests = [object_id for object_id in object_ids if object_id.startswith(DIGEST_PREFIX)]
-        return await run_blocking(_paths_of, self._volume, digests) if digests else {}
+        return await run_blocking(self._volume.paths_of, digests) if digests else {}
 
     def record_removed(
         self, object_id: ObjectId, reason: str | Victim, freed: int, path: str | None = None
@@ -336,16 +335,6 @@ class ObjectRemover:
             return False
         self._index.mark_deferred(object_id)
         return True
-
-
-def _paths_of(volume: Volume, object_ids: Sequence[ObjectId]) -> Mapping[ObjectId, str]:
-    paths = {}
-    for object_id in object_ids:
-        with suppress(VolumeError):
-            path = volume.path_of(object_id)
-            if path is not None:
-                paths[object_id] = path
-    return paths
 
 
 def _begin_all(removals: Sequence[Removal]) -> Sequence[RemovalState | VolumeError]:

@@ -31,7 +31,7 @@ The second column says where the fault is, the third whether it is worth retryin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 
 class DistributorError(Exception):
@@ -193,13 +193,20 @@ _ABOUT_THE_OBJECT = frozenset({401, 403, 404, 410, 416, 451})
 class AllSourcesFailed(SourceError):
     """Every source of an object failed, or it has no source. `errors`: the last error of each, by URL.
 
-    `home`: what the node of the fleet failed with that was to fetch it. None: none was asked.
+    `home`: what the node of the fleet failed with that was to fetch it. None: none was asked. `peers`: the URLs of
+    copies at other nodes, which are no sources of their own.
     """
 
     reason = "all_failed"
 
-    def __init__(self, errors: Mapping[str, SourceError], home: SourceError | None = None) -> None:
+    def __init__(
+        self,
+        errors: Mapping[str, SourceError],
+        home: SourceError | None = None,
+        peers: Collection[str] = (),
+    ) -> None:
         self.home = home
+        self._peers = peers
         reasons = [f"{type(error).__name__}: {error}" for error in errors.values()]
         super().__init__("; ".join(reasons) if reasons else "the object has no source")
         self.errors = dict(errors)
@@ -211,10 +218,9 @@ class AllSourcesFailed(SourceError):
 
     @property
     def ranges_ignored(self) -> bool:
-        """Whether every source ignored a range that begins too far from the first byte."""
-        return bool(self.errors) and all(
-            isinstance(error, SourceIgnoresRange) for error in self.errors.values()
-        )
+        """Whether every source ignored a range that begins too far from the first byte, whatever peers said."""
+        of_sources = [error for url, error in self.errors.items() if url not in self._peers]
+        return bool(of_sources) and all(isinstance(error, SourceIgnoresRange) for error in of_sources)
 
     @property
     def has_source_in_order(self) -> bool:

@@ -320,9 +320,8 @@ class FetchWindow:
         self._near = max(window, near)
         self._lasting = Completion.ORDERED if ordered else None
         self._passing: Completion | None = None
-        self._viewers: Sequence[Viewer] = (
-            Viewer(0, 0),
-        )  # the last ones there were; one, until `update` tells
+        # The last ones that there were; until the first `update`, one that has just begun
+        self._viewers: Sequence[Viewer] = (Viewer(0, 0),)
         self._unknown_until = now + _SETTLING
         self._told = False
         self._alone_since: float | None = None

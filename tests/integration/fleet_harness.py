@@ -127,6 +127,20 @@ class Fleet:
         return len(self.far.requests.of(object_id, "GET"))
 
 
+@asynccontextmanager
+async def fleet_of(count: int, folder: Path) -> AsyncIterator[Fleet]:
+    """So many nodes, not started, and a far source."""
+    async with AsyncExitStack() as stack:
+        far = await stack.enter_async_context(StorageNode([]).run())
+        made = Fleet(folder, far, stack, [f"http://127.0.0.1:{free_port()}" for _ in range(count)])
+        made.publish()
+        try:
+            yield made
+        finally:
+            for base in list(made.stops):
+                await made.stop(base)
+
+
 async def start_all(fleet: Fleet, **peers: Any) -> None:
     for base in fleet.bases:
         await fleet.start(base, **peers)

@@ -12,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +26,7 @@ from distributor_node.shared.domain.peers import Ring, sign_hop
 from distributor_node.shared.observability.metrics import counted_here
 from tests.counters import counted
 from tests.end_to_end.client import Answer, get
-from tests.integration.fleet_harness import PATIENT, Fleet, as_peer, is_whole, start_all
+from tests.integration.fleet_harness import PATIENT, Fleet, as_peer, fleet_of, is_whole, start_all
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
 from tests.servers.tcp_relay import TcpRelay
@@ -37,15 +36,8 @@ from tests.waiting import eventually
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     """Three nodes, not started."""
-    async with AsyncExitStack() as stack:
-        far = await stack.enter_async_context(StorageNode([]).run())
-        made = Fleet(tmp_path, far, stack, [f"http://127.0.0.1:{free_port()}" for _ in range(3)])
-        made.publish()
-        try:
-            yield made
-        finally:
-            for base in list(made.stops):
-                await made.stop(base)
+    async with fleet_of(3, tmp_path) as made:
+        yield made
 
 
 async def test_first_requests_at_all_nodes_are_one_download(fleet: Fleet) -> None:

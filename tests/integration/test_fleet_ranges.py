@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,8 @@ import pytest
 from distributor_node.services.api.assets.proxy import ProxiedResponse, Proxy
 from distributor_node.services.demo.faults import Fault
 from distributor_node.services.demo.objects import MIB, DemoObject
-from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import Answer
-from tests.integration.fleet_harness import Fleet, start_all
-from tests.servers.redis_server import free_port
+from tests.integration.fleet_harness import Fleet, fleet_of, start_all
 
 FIRST = 20 * MIB
 
@@ -23,15 +21,8 @@ FIRST = 20 * MIB
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     """Two nodes, not started."""
-    async with AsyncExitStack() as stack:
-        far = await stack.enter_async_context(StorageNode([]).run())
-        made = Fleet(tmp_path, far, stack, [f"http://127.0.0.1:{free_port()}" for _ in range(2)])
-        made.publish()
-        try:
-            yield made
-        finally:
-            for base in list(made.stops):
-                await made.stop(base)
+    async with fleet_of(2, tmp_path) as made:
+        yield made
 
 
 def publish(fleet: Fleet, home: str, bytes_per_second: int) -> DemoObject:

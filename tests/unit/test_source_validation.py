@@ -17,9 +17,12 @@ from distributor_node.shared.adapters.sources.client import (
 from distributor_node.shared.adapters.sources.connections import SourceLimits
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS, ByteRange, Validators, Version
 from distributor_node.shared.domain.errors import (
+    AllSourcesFailed,
     ConfigurationError,
     SourceError,
+    SourceIgnoresRange,
     SourceRefused,
+    SourceTooSlow,
     SourceWrong,
     VersionChanged,
 )
@@ -172,3 +175,12 @@ def test_every_response_is_compared_with_the_version(
 def test_with_a_content_hash_the_tags_of_sources_may_differ() -> None:
     wanted = Expected(Version(ContentHash("sha256", bytes(32)), V1, 100), must_match=True)
     assert validate_response(206, headers_of(V2), RANGE, wanted).validators == V2
+
+
+def test_what_peers_failed_with_does_not_tell_whether_sources_ignore_ranges() -> None:
+    ignores, slow = SourceIgnoresRange("from its first byte on"), SourceTooSlow("no response headers")
+    assert AllSourcesFailed(
+        {"http://peer/1": slow, "http://far/1": ignores}, slow, {"http://peer/1"}
+    ).ranges_ignored
+    assert not AllSourcesFailed({"http://near/1": slow, "http://far/1": ignores}).ranges_ignored
+    assert not AllSourcesFailed({"http://peer/1": ignores}, None, {"http://peer/1"}).ranges_ignored

@@ -38,7 +38,6 @@ from distributor_node.shared.adapters.sources.failover import Chunk, Preference
 from distributor_node.shared.adapters.volume import PartialReader
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
-    SourceIgnoresRange,
     SourceRefused,
     SourceTooSlow,
     SourceUnreachable,
@@ -94,9 +93,7 @@ class ProxiedResponse:
     peer_use: PeerUse = PeerUse.FETCH  # what is asked of peers before the sources
     passed_headers: dict[str, str] = field(default_factory=dict)  # of a response that must not be stored
     client: str = ""  # its address
-    out_of_reach: bool = (
-        False  # no source sends the range by itself, and only the object's home is asked still
-    )
+    out_of_reach: bool = False  # no source sends the range by itself: peers alone are asked
 
     def on_source_response(self, url: str, response: SourceResponse) -> None:
         """Take the media type and the size from a source's response, if the catalog does not state them."""
@@ -467,9 +464,7 @@ class Proxy:
         return ()
 
     def _failure(self, error: AllSourcesFailed, proxied: ProxiedResponse) -> Exception:
-        is_of_peer = self._failover_reader.is_of_peer
-        of_sources = [one for url, one in error.errors.items() if not is_of_peer(url)]
-        if of_sources and all(isinstance(one, SourceIgnoresRange) for one in of_sources):
+        if error.ranges_ignored:
             self.passages.note_ranges_ignored(proxied.media_object)
         return _failure(error, proxied)
 

@@ -22,7 +22,6 @@ from distributor_node.shared.domain.objects import (
     Assignment,
     MediaObject,
     ObjectId,
-    path_of,
     source_name,
 )
 from distributor_node.shared.domain.operator_state import OperatorState, Warming, WarmingScope
@@ -442,18 +441,10 @@ class OperatorQueries:
         return sizes
 
 
-async def known_paths(volume: Volume, object_ids: Sequence[ObjectId]) -> Mapping[ObjectId, str | None]:
+async def known_paths(volume: Volume, object_ids: Sequence[ObjectId]) -> Mapping[ObjectId, str]:
     """Return the paths of those ids that are digests, as far as they are known from the command or the volume."""
-
-    def read() -> dict[ObjectId, str | None]:
-        paths = dict[ObjectId, str | None]()
-        for object_id in digests:
-            with suppress(VolumeError):
-                paths[object_id] = path_of(object_id, None) or volume.path_of(object_id)
-        return paths
-
     digests = [object_id for object_id in object_ids if object_id.is_digest]
-    return await asyncio.to_thread(read) if digests else {}
+    return await asyncio.to_thread(volume.paths_of, digests) if digests else {}
 
 
 def warming_as_json(warming: Warming | None) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class FailoverReader:
                 if not span.can_continue:
                     break
         if span.needs_request:
-            raise AllSourcesFailed(rotation.errors, home)
+            raise AllSourcesFailed(rotation.errors, home, frozenset(hops))
 
     def _hops(self, peers: Peers, object_id: ObjectId, use: PeerUse) -> Mapping[str, Hop]:
         """Return the requests to peers by URL, without peers that have sent corrupt bytes of the object."""

@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -276,11 +276,20 @@ class Volume:
             return None
         return _stored(body, object_id)
 
-    def path_of(self, object_id: ObjectId) -> str | None:
-        """The path that an id is the digest of, as its record has it or the sidecar of its partial file."""
-        if not object_id.is_digest:
-            return None
-        return path_of(object_id, self.read_record(object_id) or self.partial_record(object_id))
+    def paths_of(self, object_ids: Iterable[ObjectId]) -> dict[ObjectId, str]:
+        """Return the paths that ids are the digests of, as far as the ids, their records or the sidecars of their
+        partial files tell them."""
+        paths: dict[ObjectId, str] = {}
+        for object_id in object_ids:
+            if not object_id.is_digest:
+                continue
+            with suppress(VolumeError):
+                path = path_of(object_id, None) or path_of(
+                    object_id, self.read_record(object_id) or self.partial_record(object_id)
+                )
+                if path is not None:
+                    paths[object_id] = path
+        return paths
 
     def _require_missing(self, path: str, error: OSError) -> None:
         """Raise VolumeError unless there is no file of this name, or something else than a plain file."""
