@@ -12,8 +12,9 @@ from xml.sax.saxutils import escape
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from distributor_node.services.replay.access_logs import LinesRead, Recording, read_logs, read_sizes
+from distributor_node.services.replay.access_logs import LinesRead, read_logs, read_sizes
 from distributor_node.services.replay.comparison import OTHER_POLICIES
+from distributor_node.services.replay.recording import Recording
 from distributor_node.services.replay.scenarios import (
     CacheSize,
     NodeRules,

@@ -25,14 +25,13 @@ from benchmarks.traces import Parameters, Trace
 from distributor_node.services.command_line.main import app
 from distributor_node.services.replay.access_logs import (
     Elsewhere,
-    LogLine,
-    Recording,
     Unreadable,
     asset_under,
     parse_line,
     read_logs,
     read_sizes,
 )
+from distributor_node.services.replay.recording import LogLine, Recording
 from distributor_node.services.replay.run import ReplayRequest, recommend, replay
 from distributor_node.services.replay.scenarios import (
     CacheSize,

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from distributor_node.services.command_line.main import app
-from distributor_node.services.replay.access_logs import LogLine, Recording
+from distributor_node.services.replay.recording import LogLine, Recording
 from distributor_node.services.replay.run import OwnNode, ReplayRequest, replay
 from distributor_node.services.replay.scenarios import NodeRules, Setting
 from distributor_node.shared.domain.errors import ConfigurationError
