@@ -22,7 +22,7 @@ from distributor_node.shared.observability.metrics import (
     STATE_STORE_EVICTS,
     UNKNOWN_FILES,
 )
-from distributor_node.shared.ports.state_store import IndexEntry, StateStore, Term
+from distributor_node.shared.ports.state_store import REBUILD_DELAY, IndexEntry, StateStore, Term
 from distributor_node.shared.runtime.threads import next_chunk, run_blocking
 
 _SCAN_BATCH = 500
@@ -84,6 +84,7 @@ class Reconciliation:
         await self._adopt_unknown(term, known, findings)
         await self._check_entries(term, known, findings)
         # Partial files of workers that began just before the store was lost
+        await asyncio.sleep(started_at + REBUILD_DELAY - time.monotonic())
         swept = await self._reaper.sweep(term)
         findings.foreign_count += swept.foreign
         findings.unreadable += swept.unreadable

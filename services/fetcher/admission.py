@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import structlog
 
 from distributor_node.services.fetcher.scheduler import Slot
+from distributor_node.shared.adapters.sources.failover import EarlyStream
 from distributor_node.shared.adapters.volume import FileState, Removal, RemovalState, Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, FetchJob, JobOutcome, Requeue, Retry
@@ -102,11 +103,17 @@ class Admission:
         self._hashing: set[ObjectId] = set()
 
     async def admit(
-        self, media_object: MediaObject, *, warming: bool = False, claim: int = 0
+        self,
+        media_object: MediaObject,
+        *,
+        warming: bool = False,
+        claim: int = 0,
+        on_refused: Callable[[], Awaitable[None]] | None = None,
     ) -> Admitted | JobOutcome:
         """Return the lease, or the outcome of a job that is not to fetch.
 
         `warming`: no client waits for the object, so nothing is evicted for it. `claim`: serial of the job's claim.
+        `on_refused`: called when the lease is refused, which may be granted later.
         Raises VolumeError and StateStoreUnavailable.
         """
         size = media_object.size
@@ -116,10 +123,16 @@ class Admission:
             return DeadLetter(f"size: expected at most {self._rules.largest_size} bytes, got {size}")
         if warming and not await self._has_room_to_warm(size):
             return await self._skip_warming(media_object.object_id)
-        return await self._admit(media_object, size, claim, warming=warming)
+        return await self._admit(media_object, size, claim, on_refused, warming=warming)
 
     async def _admit(
-        self, media_object: MediaObject, size: int, claim: int, *, warming: bool
+        self,
+        media_object: MediaObject,
+        size: int,
+        claim: int,
+        on_refused: Callable[[], Awaitable[None]] | None,
+        *,
+        warming: bool,
     ) -> Admitted | JobOutcome:
         """Ask for the lease until it is granted or the job has waited long enough."""
         object_id, trace = media_object.object_id, tracing.current_span().traceparent
@@ -139,6 +152,9 @@ class Admission:
                 if isinstance(result, Granted):
                     # Whether it is stored all the same, `FetchRunner` sees in the call that opens the partial file.
                     return Admitted(result.lease, requested_at, resumed=result.resumed)
+                if on_refused is not None:
+                    await on_refused()
+                    on_refused = None
                 record = await self._disk.run(self._stored_record, object_id)
                 if record is not None:
                     return await self._reindex(record)
@@ -519,6 +535,11 @@ class LeaseRenewer:
         """Whether writing is safe. False, too, after the process was stopped for longer than the lease."""
         return not self._lost and self._clock() < self._expires_at
 
+    @property
+    def age(self) -> float:
+        """Seconds since the lease was requested or last renewed."""
+        return self._clock() - (self._expires_at - self._times.lease)
+
     def set_source(self, url: str) -> None:
         """Report the source in use soon: the API proxies far ranges from it."""
         if url != self._source:
@@ -544,3 +565,4 @@ class FetchTask:
     slot: Slot | None
     peer_use: PeerUse = PeerUse.FETCH
     ordered: bool = False  # the operator wants all of it
+    early: EarlyStream | None = None  # all of it, asked for before the lease was granted

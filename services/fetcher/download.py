@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from distributor_node.services.fetcher.admission import FetchTask, LeaseRenewer
 from distributor_node.services.fetcher.side_streams import MIN_SIZE, SentPart, SideStreamPlaces, SideStreams
 from distributor_node.services.fetcher.window import ViewerWindow, WindowLimits
 from distributor_node.shared.adapters.sources.client import Expected, SourceResponse
-from distributor_node.shared.adapters.sources.failover import FailoverReader, Preference
+from distributor_node.shared.adapters.sources.failover import Chunk, FailoverReader, Preference
 from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS
 from distributor_node.shared.domain.errors import AllSourcesFailed, NotStorable, SourceWrong, VolumeError
@@ -124,6 +124,7 @@ class Download:
         self._renewer = task.renewer
         self._slot = task.slot
         self._peer_use = task.peer_use
+        self._early = task.early
         self._window = self._make_window()
         self._total: int | None = None  # the length, as the source states it
         self._span = tracing.current_span()  # threads do not know it
@@ -291,27 +292,19 @@ class Download:
         if side is not None:
             writer.on_written = side.on_written
             await side.until_needed()
-        began_at = time.monotonic()
-        first_choice = None if self._slot is None else self._slot.url
-        # From the beginning, any version that a source has now is as good as the one that the catalog has seen. All
-        # that follows must be of the same one.
-        wanted = replace(
-            self._object, validators=self._partial.record.validators if offset else NO_VALIDATORS
-        )
         limit = self._partial.record.size if side is None else side.limit(offset, begun=False)
-        stream = self._failover_reader.stream(
-            wanted,
-            offset,
-            None if limit == self._partial.record.size else limit - 1,
-            sources,
-            self._on_source,
-            expected=Expected(must_match=offset > 0),
-            preference=Preference(lambda url: url != first_choice, self._peer_use),
-        )
+        asked_at = time.monotonic()
+        early, self._early = self._early, None
+        if early is not None and (offset or side is not None):
+            await early.close()
+        if early is not None and not early.is_closed:
+            asked_at, stream = early.asked_at, early.chunks(self._on_source)
+        else:
+            stream = self._stream(sources, offset, limit)
         async with writer.writing(offset), aclosing(stream) as chunks:
             async for chunk in chunks:
                 if not contributors:
-                    PHASE.labels("source_first_byte").observe(time.monotonic() - began_at)
+                    PHASE.labels("source_first_byte").observe(time.monotonic() - asked_at)
                 contributors.add(chunk.source)
                 if side is None:
                     await writer.put(chunk.data)
@@ -327,6 +320,24 @@ class Download:
                 if offset < meets:
                     await side.until_needed()
         return writer.verified, offset
+
+    def _stream(self, sources: Sequence[str], offset: int, limit: int) -> AsyncGenerator[Chunk]:
+        """Ask the sources for the bytes from `offset` to `limit` (exclusive)."""
+        first_choice = None if self._slot is None else self._slot.url
+        # From the beginning, any version that a source has now is as good as the one that the catalog has seen. All
+        # that follows must be of the same one.
+        wanted = replace(
+            self._object, validators=self._partial.record.validators if offset else NO_VALIDATORS
+        )
+        return self._failover_reader.stream(
+            wanted,
+            offset,
+            None if limit == self._partial.record.size else limit - 1,
+            sources,
+            self._on_source,
+            expected=Expected(must_match=offset > 0),
+            preference=Preference(lambda url: url != first_choice, self._peer_use),
+        )
 
     async def _reserve(self, end: int) -> None:
         """Make sure that `end` bytes of an object of unknown length are reserved. Called before they are written.
@@ -465,8 +476,10 @@ class PartialWriter:
         self._small_rest = (
             0  # bytes of a small object, which make one batch: nothing is sent before all are there
         )
+        self._offset = 0  # of the first byte that is given to `put`
         self._received = 0
         self._closed = False
+        self._writer: asyncio.Task[None] | None = None
         self._notify_task: asyncio.Task[None] | None = None
         self._writeback: asyncio.Task[None] | None = None
         self._has_data, self._batch_ready, self._has_room = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -481,30 +494,42 @@ class PartialWriter:
         record = self._partial.record
         if record.size <= _UNBATCHED_BYTES and not record.growing and self._reserve is None:
             self._small_rest = record.size - offset
-        writer = asyncio.create_task(self._write_batches(offset), name="partial-writer")
-        writer.add_done_callback(lambda _: self._has_room.set())
-        self._writer = writer
+        self._offset, failure = offset, None
         try:
             yield
         finally:
-            self._closed = True
-            self._has_data.set()
-            self._batch_ready.set()
-            try:
-                await wait_uncancellable(writer)
-            finally:
-                for task in (self._notify_task, self._writeback):
-                    if task is not None:
-                        await wait_uncancellable(task)
-            failure = writer.exception()
+            if self._writer is not None:
+                failure = await self._end(self._writer)
         if failure is not None:
             raise failure
 
+    async def _end(self, writer: asyncio.Task[None]) -> BaseException | None:
+        """Wait until all is written. Returns the writer's error."""
+        self._closed = True
+        self._has_data.set()
+        self._batch_ready.set()
+        try:
+            await wait_uncancellable(writer)
+        finally:
+            for task in (self._notify_task, self._writeback):
+                if task is not None:
+                    await wait_uncancellable(task)
+        return writer.exception()
+
     async def put(self, data: bytes | memoryview) -> None:
-        """Hand over the next bytes. Waits while HIGH_WATER bytes are unwritten."""
+        """Hand over the next bytes. Waits while HIGH_WATER bytes are unwritten.
+
+        A small object that is there as a whole is written at once, without the writer's task.
+        """
         self._pending.append(data)
         self._pending_bytes += len(data)
         self._received += len(data)
+        if self._writer is None:
+            if 0 < self._small_rest <= self._pending_bytes:
+                await self._write_batch(self._offset)
+                return
+            self._writer = asyncio.create_task(self._write_batches(self._offset), name="partial-writer")
+            self._writer.add_done_callback(lambda _: self._has_room.set())
         self._has_data.set()
         if self._pending_bytes >= (self._small_rest or batch_size(self._received)):
             self._batch_ready.set()
@@ -518,19 +543,9 @@ class PartialWriter:
         first, began_at, handed_over = True, offset, offset
         writeback_after = 0 if self._partial.record.size >= _WRITEBACK_AT_ONCE else _WRITEBACK_AFTER
         while await self._wait_for_batch():
-            batch, self._pending = self._pending, []
-            length, self._pending_bytes = self._pending_bytes, 0
             self._has_data.clear()
             self._batch_ready.clear()
-            self._has_room.set()
-            await self._renewer.ensure_valid()
-            if self._reserve is not None:
-                await self._reserve(offset + length)
-            await self._disk.run(self._write, offset, batch, length)
-            WRITTEN_BYTES.inc(length)
-            if self.on_written is not None:
-                self.on_written(offset, offset + length)
-            offset += length
+            offset += await self._write_batch(offset)
             if (
                 offset - began_at > writeback_after
                 and offset - handed_over >= _WRITEBACK_BYTES
@@ -543,6 +558,21 @@ class PartialWriter:
                 # In the background, so that writing goes on. Where all bytes are written, `on_complete` notifies.
                 self._notify_task = asyncio.create_task(self._on_first_bytes(), name="first-bytes")
             first = False
+
+    async def _write_batch(self, offset: int) -> int:
+        """Write all that was put. Returns its length."""
+        batch, self._pending = self._pending, []
+        length, self._pending_bytes = self._pending_bytes, 0
+        self._has_room.set()
+        await self._renewer.ensure_valid()
+        if self._reserve is not None:
+            await self._reserve(offset + length)
+        write = self._disk.run_short if self._small_rest else self._disk.run
+        await write(self._write, offset, batch, length)
+        WRITTEN_BYTES.inc(length)
+        if self.on_written is not None:
+            self.on_written(offset, offset + length)
+        return length
 
     async def _wait_for_batch(self) -> bool:
         """Return True when a batch is to be written, False after the last one."""

@@ -18,6 +18,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from math import inf
 
 import structlog
 
@@ -35,10 +36,11 @@ from distributor_node.services.fetcher.download import (
     FetchLimits,
 )
 from distributor_node.services.fetcher.scheduler import Slot
+from distributor_node.services.fetcher.side_streams import MIN_SIZE
 from distributor_node.services.fetcher.window import FetchPaused
-from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.failover import EarlyStream, FailoverReader, Preference
 from distributor_node.shared.adapters.volume import PartialFile, Volume
-from distributor_node.shared.domain.conditionals import Comparison
+from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Comparison
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     DistributorError,
@@ -48,17 +50,20 @@ from distributor_node.shared.domain.errors import (
     VolumeError,
     VolumeFull,
 )
-from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
+from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
 from distributor_node.shared.domain.objects import MediaObject, StoredRecord
 from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
-from distributor_node.shared.ports.state_store import FailureCause, Lease, StateStore
+from distributor_node.shared.ports.state_store import REBUILD_DELAY, FailureCause, Lease, StateStore
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through
 
 _SPACE_REQUEST_TTL = 60.0
 """Seconds that the evictor remembers a request for space made after ENOSPC."""
+
+_REFUSAL_MEMORY = 10.0
+"""Seconds after a refused lease for which no source is asked early: a full cache refuses one lease after the other."""
 
 RecordFailure = Callable[[str, FailureCause, bool], Awaitable[None]]
 """Called with the reason and the cause of a failed attempt, and whether it is the last one. Does not raise."""
@@ -84,6 +89,33 @@ class FetchRunner:
         self._disk = disk
         self._times = times
         self._limits = limits or FetchLimits()
+        self._early_from = -inf  # monotonic seconds
+
+    def ask_early(self, job: FetchJob, first_choice: str | None) -> EarlyStream | None:
+        """Ask the source for a small object while its lease is being asked for. The caller closes what is returned.
+
+        Only where the lease will be granted in all likelihood, or sources would be asked in vain: not for a job that
+        was tried before, and not after refusals. `first_choice`: the source to begin with.
+        """
+        wanted = job.media_object
+        if not (
+            0 < (wanted.size or 0) < MIN_SIZE  # a larger one may have side streams and a window
+            and wanted.content_hash is not None
+            and job.attempt == 1
+            and not job.low_priority
+            and not self._failover_reader.asks_peers(wanted.object_id, job.peer_use)
+            and time.monotonic() >= self._early_from
+        ):
+            return None
+        preference = Preference(lambda url: url != first_choice, job.peer_use)
+        return EarlyStream(
+            self._failover_reader, replace(wanted, validators=NO_VALIDATORS), wanted.sources, preference
+        )
+
+    async def give_up_early(self, early: EarlyStream) -> None:
+        """The lease was refused."""
+        self._early_from = time.monotonic() + _REFUSAL_MEMORY
+        await early.close()
 
     async def run(
         self,
@@ -94,10 +126,11 @@ class FetchRunner:
         *,
         peer_use: PeerUse = PeerUse.FETCH,
         ordered: bool = False,
+        early: EarlyStream | None = None,
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
-        `slot`: see Worker. `peer_use`: what peers are asked. `ordered`: see FetchTask.
+        `slot`: see Worker. `peer_use`: what peers are asked. `ordered`, `early`: see FetchTask.
 
         A second copy that no peer can send is no failure: the next request for the object finds no fetch, and acts as
         if there had been none.
@@ -109,7 +142,7 @@ class FetchRunner:
             self._volume,
             self._failover_reader,
             self._disk,
-            FetchTask(media_object, renewer, slot, peer_use, ordered),
+            FetchTask(media_object, renewer, slot, peer_use, ordered, early),
             self._limits,
             resumed=admitted.resumed,
         )
@@ -245,17 +278,20 @@ class _PartialFetch:
 
     async def run(self) -> StoredRecord | None:
         """Open, download, verify and publish. Returns the record of an object that was stored before."""
-        stored = await self._disk.run(self._open)
+        # The old file of a fetch that is resumed may have to be emptied, which takes a disk long.
+        open_file = self._disk.run if self._may_have_bytes else self._disk.run_short
+        stored = await open_file(self._open)
         if stored is not None:
             return stored
         if self.is_verified:
             if await self._publish_verified():
                 return None
-            await self._disk.run(self._open_for_writing)
+            await self._disk.run(self._reopen_for_writing)
         partial = self._opened
         # After the index was rebuilt from the volume, it may not know this file. It must know it before the file
-        # grows. The renewal tells it, while the source is asked.
-        self._task.renewer.renew_soon()
+        # grows. The renewal tells it, while the source is asked. A rebuild has seen a file that was there so soon.
+        if self._task.renewer.age >= REBUILD_DELAY:
+            self._task.renewer.renew_soon()
         await self._return_surplus()
         download = Download(
             self._state,
@@ -284,8 +320,10 @@ class _PartialFetch:
         """
         self._volume.check()
         stored = self._volume.complete_record(self._object.object_id)
-        if stored is None and self._open_verified() is None:
-            self._open_for_writing()
+        if stored is None:
+            sidecar = self._volume.partial_record(self._object.object_id)
+            if self._open_verified(sidecar) is None:
+                self._open_for_writing(sidecar)
         return stored
 
     async def _publish_verified(self) -> bool:
@@ -301,11 +339,12 @@ class _PartialFetch:
         await self._publish(partial)
         return True
 
-    def _open_verified(self) -> PartialFile | None:
+    def _open_verified(self, sidecar: StoredRecord | None) -> PartialFile | None:
         """Blocking."""
+        if sidecar is None:
+            return None
         expected = self._expected_record()
-        sidecar = self._volume.partial_record(self._object.object_id)
-        if sidecar is None or not _is_same_content(sidecar, expected):
+        if not _is_same_content(sidecar, expected):
             return None
         media_type = expected.media_type or sidecar.media_type
         record = replace(expected, media_type=media_type, freshness=sidecar.freshness).with_validators(
@@ -323,27 +362,24 @@ class _PartialFetch:
         except StateStoreUnavailable as error:
             logger.info("surplus_not_returned", reason=str(error))  # the end of the fetch releases it
 
-    def _open_for_writing(self) -> None:
+    def _open_for_writing(self, sidecar: StoredRecord | None) -> None:
         """Open the partial file, empty unless it is the beginning of the same content. Blocking."""
         self._may_have_bytes = True
         expected = self._expected_record()
-        sidecar = self._volume.partial_record(self._object.object_id)
-        if sidecar is None or not _is_same_content(sidecar, expected):
-            # Empty the file before the sidecar changes. After a crash, a new sidecar beside old bytes would be taken
-            # for one content.
-            self._partial = self._volume.open_partial_for_writing(expected, write_sidecar=False)
-            if self._partial.size:
-                self._partial.restart()
-            self.close()
-        else:
+        same = sidecar is not None and _is_same_content(sidecar, expected)
+        if sidecar is not None and same:
             # The bytes on disk are of the sidecar's version. Whether it is still the source's, its response will tell.
             expected = replace(expected, freshness=sidecar.freshness).with_validators(sidecar.validators)
             if expected.media_type is None:
                 expected = replace(expected, media_type=sidecar.media_type)
-        self._partial = self._volume.open_partial_for_writing(expected)
+        self._partial = self._volume.open_partial_for_writing(expected, empty=not same)
         if self._partial.size > expected.size:
             self._partial.restart()
         self._partial.check_free_space()
+
+    def _reopen_for_writing(self) -> None:
+        """Blocking."""
+        self._open_for_writing(self._volume.partial_record(self._object.object_id))
 
     def _expected_record(self) -> StoredRecord:
         wanted = self._object
@@ -361,10 +397,12 @@ class _PartialFetch:
     async def _publish(self, partial: PartialFile) -> None:
         """Write the record and rename the file into place."""
         with tracing.span("publication"):
-            head = await self._disk.run(partial.read, 0, SNIFF_BYTES)
-            media_type = detect_media_type(self._object.media_type, head)
-            record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
-            await self._disk.run(partial.publish, record)
+            await self._disk.run(self._publish_detected, partial)
+
+    def _publish_detected(self, partial: PartialFile) -> None:
+        """Blocking."""
+        media_type = detect_media_type(self._object.media_type, partial.read(0, SNIFF_BYTES))
+        partial.publish(replace(partial.record, media_type=media_type, stored_at=int(time.time())))
 
     @property
     def is_verified(self) -> bool:

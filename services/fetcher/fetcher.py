@@ -29,7 +29,7 @@ from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, Slot
 from distributor_node.services.fetcher.side_streams import SideStreamPlaces
 from distributor_node.services.fetcher.window import WindowLimits
 from distributor_node.shared.adapters.sources.client import SourceAnswer
-from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.failover import EarlyStream, FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.conditionals import Validators
@@ -61,7 +61,6 @@ from distributor_node.shared.domain.jobs import (
 )
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
-from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.catalog import Catalog
@@ -105,8 +104,12 @@ class Fetcher:
         volume: Volume,
         catalog: Catalog,
         failover_reader: FailoverReader,
+        *,
+        shares_loop: bool = False,
     ) -> None:
+        """`shares_loop`: the event loop serves clients too, and must never wait for the disk."""
         fetch, storage = settings.fetch, settings.storage
+        self._shares_loop = shares_loop
         self._state = state
         self._queue = queue
         self._volume = volume
@@ -168,6 +171,8 @@ class Fetcher:
                     "partial_files_not_sparse", reason="storage.path: expected holes to take no space"
                 )
                 self._side_streams.most = 0
+            if not self._shares_loop and await self._disk.run(self._volume.is_on_local_disk):
+                self._disk.keep_short_calls_in_loop()
         except VolumeError as error:
             raise ConfigurationError(f"storage.path: {error}") from error
         await self._operator_state.load()
@@ -303,11 +308,25 @@ class Worker:
         return outcome
 
     async def _fetch(self, job: FetchJob, slot: Slot | None) -> JobOutcome:
+        early = self._fetch_runner.ask_early(job, None if slot is None else slot.url)
+        if early is None:
+            return await self._fetch_under_lease(job, slot, None)
+        try:
+            return await self._fetch_under_lease(job, slot, early)
+        finally:
+            await early.close()
+
+    async def _fetch_under_lease(
+        self, job: FetchJob, slot: Slot | None, early: EarlyStream | None
+    ) -> JobOutcome:
         outcome: JobOutcome
         try:
             with tracing.span("lease", current=False):
                 admitted = await self._admission.admit(
-                    job.media_object, warming=job.low_priority and not job.copy, claim=job.claim
+                    job.media_object,
+                    warming=job.low_priority and not job.copy,
+                    claim=job.claim,
+                    on_refused=None if early is None else partial(self._fetch_runner.give_up_early, early),
                 )
             if isinstance(admitted, Admitted):
                 if slot is not None:
@@ -318,8 +337,9 @@ class Worker:
                     admitted,
                     record_failure,
                     slot,
-                    peer_use=_peer_use(job),
+                    peer_use=job.peer_use,
                     ordered=job.low_priority,
+                    early=early,
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:
@@ -327,13 +347,6 @@ class Worker:
         if isinstance(outcome, Retry):
             await self._failure_recorder.record(job, outcome.reason)
         return outcome
-
-
-def _peer_use(job: FetchJob) -> PeerUse:
-    """Return what the fetch asks of peers."""
-    if job.copy:
-        return PeerUse.COPY
-    return PeerUse.CACHED if job.for_peer else PeerUse.FETCH
 
 
 def outcome_label(outcome: JobOutcome) -> str:

@@ -137,7 +137,9 @@ async def run_standalone(
     retain_freed_memory()
     scope.reloads.extend(reloads_of(catalog))
     reader = build_failover_reader(downloads, stats_sync.registry, peers)
-    fetcher = ReplaceableFetcher(lambda: Fetcher(settings, state, queue, volume, catalog, reader))
+    fetcher = ReplaceableFetcher(
+        lambda: Fetcher(settings, state, queue, volume, catalog, reader, shares_loop=True)
+    )
     evictor = Evictor(settings, state, volume, catalog, monitor)
     context = make_context(
         settings,

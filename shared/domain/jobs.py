@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from distributor_node.shared.domain.errors import InvalidInput, InvalidJob
 from distributor_node.shared.domain.objects import MediaObject, MediaObjectCodec, ObjectId
+from distributor_node.shared.domain.peers import PeerUse
 
 JOB_VERSION = 1
 
@@ -37,6 +38,13 @@ class FetchJob:
     @property
     def object_id(self) -> ObjectId:
         return self.media_object.object_id
+
+    @property
+    def peer_use(self) -> PeerUse:
+        """What the fetch asks of peers."""
+        if self.copy:
+            return PeerUse.COPY
+        return PeerUse.CACHED if self.for_peer else PeerUse.FETCH
 
     def next_attempt(self) -> FetchJob:
         return replace(self, attempt=self.attempt + 1)

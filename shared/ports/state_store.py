@@ -288,6 +288,11 @@ class ServerStats:
     eviction: str  # maxmemory policy; any other than `noeviction` drops our keys when memory is full
 
 
+REBUILD_DELAY = 0.1
+"""Seconds after the loss of the index until the last look of its rebuild at the partial files. One that was opened
+sooner after its lease was requested is seen: its bytes count before the store grants anything again."""
+
+
 class EvictorStore(Protocol):
     """The leading evictor's part of every state store: eviction, reconciliation, what policies keep.
 
@@ -600,7 +605,8 @@ class StateStore(WorkerStore, ReportStore, OperatorStore, EvictorStore, Protocol
         is taken over. It grows to `size` if that is larger and fits: so a fetch that was parked with less claims the
         rest in the same step, or gets NoSpace and stays as it is. It never shrinks, because the larger file of
         before may still be on the volume: see `return_surplus`. A grant drops the object's `request_space`. A
-        remembered failure stays, hidden while the fetch is live, because this attempt may fail too.
+        remembered failure stays, hidden while the fetch is live, because this attempt may fail too. Announces
+        FETCH_CHANGED only where a reservation is taken over: of a new fetch nothing can be sent yet.
         """
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:

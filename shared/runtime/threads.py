@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from math import inf
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from distributor_node.shared.domain.errors import VolumeError
@@ -29,6 +30,13 @@ class ThreadCall(Protocol):
     ) -> Result: ...
 
 
+SLOW_CALL = 0.01
+"""Seconds that a short call may block the event loop. A disk that takes longer may take much longer next time."""
+
+SLOW_PAUSE = 10.0
+"""Seconds for which short calls have threads after one that was slow."""
+
+
 class BlockingPool:
     """A pool of `count` threads for writing, hashing and syncing. Other blocking work does not queue behind these.
 
@@ -37,6 +45,9 @@ class BlockingPool:
 
     def __init__(self, count: int) -> None:
         self._executor = ThreadPoolExecutor(count, thread_name_prefix="disk")
+        self._in_loop_from = (
+            inf  # monotonic seconds from which `run_short` runs calls in the loop; inf: never
+        )
 
     async def run(
         self, call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
@@ -44,6 +55,28 @@ class BlockingPool:
         """The result of the call. As `run_blocking`, in a thread of this pool."""
         loop = asyncio.get_running_loop()
         return await result_uncancellable(loop.run_in_executor(self._executor, lambda: call(*args, **kwargs)))
+
+    def keep_short_calls_in_loop(self) -> None:
+        """From now on `run_short` needs no thread while the disk is quick. For a loop that serves no clients."""
+        self._in_loop_from = -inf
+
+    async def run_short(
+        self, call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
+    ) -> Result:
+        """As `run`, for a call that a quick disk answers before a thread would have begun it.
+
+        After `keep_short_calls_in_loop` it runs in the event loop. A call of more than SLOW_CALL there sends those of
+        the next SLOW_PAUSE to threads.
+        """
+        began_at = time.monotonic()
+        if began_at < self._in_loop_from:
+            return await self.run(call, *args, **kwargs)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            ended_at = time.monotonic()
+            if ended_at - began_at > SLOW_CALL:
+                self._in_loop_from = ended_at + SLOW_PAUSE
 
     async def close(self) -> None:
         await asyncio.to_thread(self._executor.shutdown)

@@ -132,8 +132,7 @@ class TestAnnouncements:
             await anext(heard)
             await harness.store.request_space(ONE, 100, 60)
             assert await anext(heard) == Announcement(Topic.SPACE_REQUESTED, ONE)
-            lease = await harness.begin_fetch(ONE, 100)
-            assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, ONE)
+            lease = await harness.begin_fetch(ONE, 100)  # not announced: nothing of it can be sent yet
             await harness.store.renew(lease, "http://source-1/files/1")
             assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, ONE)
             await harness.store.commit(lease, time.time())
@@ -141,6 +140,11 @@ class TestAnnouncements:
             await harness.store.begin_eviction(term, ONE, 0)
             await harness.store.finish_eviction(term, ONE)
             assert await anext(heard) == Announcement(Topic.SPACE_FREED, ONE)
+            parked = await harness.begin_fetch(TWO, 100)
+            await harness.store.park(parked)
+            assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, TWO)
+            await harness.begin_fetch(TWO, 100)  # of the bytes that are there, some can be sent
+            assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, TWO)
 
     async def test_a_slow_reader_loses_the_oldest_events(self, harness: Harness) -> None:
         async with asyncio.timeout(60), harness.store.listen() as heard:

@@ -13,6 +13,8 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from distributor_node.services.evictor import reconcile
+from distributor_node.services.evictor.adoption import PartialReaper, SweepResult
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
@@ -23,6 +25,7 @@ from distributor_node.shared.ports.state_store import (
     IndexEntry,
     NotReconciled,
     PolicyState,
+    Term,
 )
 from distributor_node.shared.settings.model import EvictorSettings
 from tests.integration.evictor_harness import (
@@ -195,6 +198,28 @@ async def test_a_partial_file_in_use_is_left_alone(harness: EvictorHarness) -> N
         assert partial.size == 1000
         usage = await harness.state.usage()
         assert usage.reserved == footprint(SIZE)
+    partial.close()
+
+
+async def test_a_partial_file_that_is_opened_just_after_the_loss_counts(
+    harness: EvictorHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. A worker gets its lease. 2. The store is emptied, and the rebuild begins. 3. The worker opens the file."""
+    monkeypatch.setattr(reconcile, "REBUILD_DELAY", 2.0)
+    looked, sweep = asyncio.Event(), PartialReaper.sweep
+
+    async def note(reaper: PartialReaper, term: Term, *, measure: bool = False) -> SweepResult:
+        found = await sweep(reaper, term, measure=measure)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(PartialReaper, "sweep", note)
+    async with harness.evictor():
+        await looked.wait()
+        await asyncio.sleep(0.5)  # the rest of the rebuild of an empty volume takes less
+        partial = harness.begin_partial("late", 1000)
+        await eventually(harness.reconciled)
+        assert (await harness.state.usage()).reserved == footprint(SIZE)
     partial.close()
 
 

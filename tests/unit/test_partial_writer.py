@@ -95,6 +95,17 @@ async def test_a_small_object_is_written_once_however_it_arrives(bench: Bench) -
     file.close()
 
 
+async def test_a_small_object_that_comes_as_a_whole_is_on_disk_when_put_returns(bench: Bench) -> None:
+    """No task of the writer has to have its turn first, and none is left."""
+    file = bench.open(64 * KIB)
+    writer = bench.writer(file)
+    async with writer.writing(0):
+        await writer.put(bytes(64 * KIB))
+        assert file.writes == [(0, 64 * KIB)]
+        assert not [task for task in asyncio.all_tasks() if task.get_name() == "partial-writer"]
+    file.close()
+
+
 async def test_what_has_arrived_of_a_small_object_is_written_when_no_more_comes(bench: Bench) -> None:
     file = bench.open(64 * KIB)
     writer = bench.writer(file)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -28,7 +30,8 @@ from distributor_node.shared.adapters.volume import (
     UnreadableFile,
     Volume,
 )
-from distributor_node.shared.adapters.volume.layout import shard
+from distributor_node.shared.adapters.volume import partial as partial_module
+from distributor_node.shared.adapters.volume.layout import file_system_of, shard
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 from tests.bad_inode import fail_stat_of
@@ -218,6 +221,54 @@ def test_a_media_type_from_the_source_is_recorded_with_the_next_bytes(volume: Vo
         partial.write(0, b"some")
         assert volume.partial_record(ObjectId("1")) == replace(untold, media_type=told)
     partial.close()
+
+
+def test_bytes_of_another_version_are_dropped_before_the_sidecar_changes(
+    volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash in between must not leave the new sidecar beside the old bytes."""
+    before = volume.open_partial_for_writing(record_of("1"))
+    before.write(0, b"old")
+    before.close()
+    other = replace(record_of("1"), size=1000)
+    sizes: list[int] = []
+
+    def note(name: str, body: bytes, directory: int, **durable: bool) -> None:
+        sizes.append((volume.root / "incoming" / "1.part").stat().st_size)
+        raise OSError(errno.EIO, "crashed here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(partial_module, "atomic_write", note)
+        with pytest.raises(VolumeError):
+            volume.open_partial_for_writing(other, empty=True)
+    assert sizes == [0]
+    assert volume.partial_record(ObjectId("1")) == record_of("1")
+    after = volume.open_partial_for_writing(other, empty=True)
+    assert (after.size, volume.partial_record(ObjectId("1"))) == (0, other)
+    after.close()
+
+
+def test_a_sparse_file_of_another_version_is_dropped_although_it_names_nothing(volume: Volume) -> None:
+    before = volume.open_partial_for_writing(record_of("1"))
+    before.make_sparse(0)
+    before.close()
+    after = volume.open_partial_for_writing(replace(record_of("1"), etag='"another"'), empty=True)
+    assert not after.is_sparse
+    after.close()
+
+
+def test_the_file_system_is_known_by_its_mount(volume: Volume) -> None:
+    descriptor = os.open("/proc/self", os.O_RDONLY)
+    try:
+        assert file_system_of(descriptor) == "proc"
+    finally:
+        os.close(descriptor)
+    kind = subprocess.run(
+        ["stat", "--file-system", "--format=%T", volume.root], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert volume.is_on_local_disk() == (
+        kind in ("ext2/ext3", "overlayfs", "tmpfs", "xfs", "btrfs", "f2fs", "zfs")
+    )
 
 
 def test_cleanup_changes_no_sidecar(volume: Volume) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ from distributor_node.shared.domain.objects import MediaObject, ObjectId, source
 from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.domain.source_order import RateSampler
 from distributor_node.shared.observability import tracing
+from distributor_node.shared.waiting import cancel_and_wait
 
 OnSource = Callable[[str, SourceResponse], None]
 """Called for each source, with its URL, after its response has begun and before its first byte is yielded."""
@@ -277,6 +279,56 @@ def _attributes(url: str, span: _Span) -> tracing.Attributes:
         "server.address": source_name(url),
         "distributor.first_byte": span.position,
     }
+
+
+class EarlyStream:
+    """All of an object, asked for before it is known whether the bytes can be taken. To be closed in any case.
+
+    A task waits for the first chunk, so that the request is on its way while something else is waited for.
+    """
+
+    def __init__(
+        self,
+        reader: FailoverReader,
+        media_object: MediaObject,
+        sources: Sequence[str],
+        preference: Preference,
+    ) -> None:
+        """`media_object`: with a hash and a known size above 0. The reader of another may refuse a response."""
+        self.asked_at = time.monotonic()
+        self.is_closed = False
+        self._begun: list[tuple[str, SourceResponse]] = []  # before there was a reader
+        self._on_source: OnSource | None = None
+        self._stream = reader.stream(media_object, 0, None, sources, self._on_response, preference=preference)
+        self._first = asyncio.create_task(self._read_first(), name="early-request")
+
+    async def _read_first(self) -> Chunk:
+        return await anext(self._stream)
+
+    def _on_response(self, url: str, response: SourceResponse) -> None:
+        if self._on_source is None:
+            self._begun.append((url, response))
+        else:
+            self._on_source(url, response)
+
+    async def chunks(self, on_source: OnSource) -> AsyncGenerator[Chunk]:
+        """As FailoverReader.stream. To be read once, and not after `close`."""
+        self._on_source = on_source
+        for url, response in self._begun:
+            on_source(url, response)
+        async with aclosing(self._stream) as stream:
+            yield await self._first
+            async for chunk in stream:
+                yield chunk
+
+    async def close(self) -> None:
+        """End the request, wherever it is."""
+        self.is_closed = True
+        if not self._first.done():
+            await cancel_and_wait(self._first)
+        if not self._first.cancelled():
+            self._first.exception()  # retrieved, so that asyncio does not log it: nobody may have asked for it
+        await self._stream.aclose()
 
 
 class _Span:

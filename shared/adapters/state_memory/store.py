@@ -202,7 +202,8 @@ class MemoryStateStore:
         )
         tables.reserved += more
         tables.space_requests.pop(object_id, None)
-        tables.announce(Topic.FETCH_CHANGED, object_id)
+        if resumed:
+            tables.announce(Topic.FETCH_CHANGED, object_id)
         return Granted(lease, resumed)
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:

@@ -50,6 +50,27 @@ def trashed_id(name: str) -> str:
     return name.partition(",")[0]
 
 
+LOCAL_FILE_SYSTEMS = frozenset(
+    {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
+)
+"""Those that do not wait for another machine, as the kernel names them."""
+
+
+def file_system_of(descriptor: int) -> str | None:
+    """The type of the file system that an open file or directory is on, as in proc(5). None if /proc does not say."""
+    try:
+        facts = Path(f"/proc/self/fdinfo/{descriptor}").read_text("ascii")
+        mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines()
+    except OSError:
+        return None
+    mount = next((line.split()[1] for line in facts.splitlines() if line.startswith("mnt_id:")), None)
+    for line in mounts:
+        about, _, kind = line.partition(" - ")
+        if mount is not None and about.split(" ", 1)[0] == mount:
+            return kind.split(" ", 1)[0]
+    return None
+
+
 class ForeignFile(OSError):
     """A name on the volume leads to a link, a directory, a FIFO, a socket or a device. The node makes none of these."""
 

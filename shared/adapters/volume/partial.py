@@ -104,8 +104,11 @@ class PartialFile:
         self._lock = threading.Lock()  # of sidecar and mode: several threads write a sparse file
         self._extents: Extents | None = None  # None: the file is not sparse
 
-    def open(self, *, write_sidecar: bool) -> None:
+    def open(self, *, write_sidecar: bool = True, empty: bool = False) -> None:
         """Create the file or take over an abandoned one, and write its sidecar if `write_sidecar`.
+
+        `empty`: the bytes that are there are of another version. They are dropped before the sidecar is written: after
+        a crash, a new sidecar beside old bytes would be taken for one content.
 
         Raises PartialHeld if another writer has the file open.
         """
@@ -117,9 +120,12 @@ class PartialFile:
                 self._check_target()
                 self._check_free_files()
                 self._descriptor = self._open_locked(os.O_CREAT)
+                seen = os.fstat(self._descriptor)
+                if empty and (seen.st_size or seen.st_mode & _SPARSE):
+                    self.restart()
+                    seen = os.fstat(self._descriptor)
                 if not write_sidecar:
                     return
-                seen = os.fstat(self._descriptor)
                 if seen.st_mode & _SPARSE:
                     self._extents = self._read_extents(seen.st_ino)
                 # Before the first byte, so that a process that finds the partial file knows how large it may grow.

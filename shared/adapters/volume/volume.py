@@ -20,6 +20,7 @@ from distributor_node.shared.adapters.volume.layout import (
     FOREIGN_ERRORS,
     INCOMING,
     INCOMING_RECORD_SUFFIX,
+    LOCAL_FILE_SYSTEMS,
     OBJECTS,
     PART_SUFFIX,
     PLAIN,
@@ -28,6 +29,7 @@ from distributor_node.shared.adapters.volume.layout import (
     Directories,
     ForeignFile,
     as_volume_error,
+    file_system_of,
     map_os_errors,
     object_path,
     open_plain,
@@ -109,6 +111,11 @@ class Volume:
         """Whether the file system takes no space for bytes that were not written: partial files may be sparse then."""
         with map_os_errors(f"try out a sparse file on the volume {self.root}"):
             return has_holes(self._directories.root())
+
+    def is_on_local_disk(self) -> bool:
+        """Whether the volume's file system is one that does not wait for another machine."""
+        with map_os_errors(f"look at the file system of {self.root}"):
+            return file_system_of(self._directories.root()) in LOCAL_FILE_SYSTEMS
 
     def _check_format(self) -> None:
         """Raise VolumeError if another version has written the volume in a format that this one does not read."""
@@ -402,14 +409,17 @@ class Volume:
         found = _stored(body, object_id)
         return None if found is None else found[0]
 
-    def open_partial_for_writing(self, expected: StoredRecord, *, write_sidecar: bool = True) -> PartialFile:
+    def open_partial_for_writing(
+        self, expected: StoredRecord, *, write_sidecar: bool = True, empty: bool = False
+    ) -> PartialFile:
         """Create the partial file of an object, or take over an abandoned one.
 
-        Without `write_sidecar` the sidecar stays as it is: responses for the pending object are based on it.
+        Without `write_sidecar` the sidecar stays as it is: responses for the pending object are based on it. `empty`:
+        the bytes that are there are of another version, and are dropped.
         Raises PartialHeld if another writer has the file open.
         """
         partial = PartialFile(self._directories, expected)
-        partial.open(write_sidecar=write_sidecar)
+        partial.open(write_sidecar=write_sidecar, empty=empty)
         return partial
 
     def is_being_sent(self, object_id: ObjectId) -> bool:

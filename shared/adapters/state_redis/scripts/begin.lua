@@ -30,5 +30,6 @@ write_fetch({phase = 'fetching', reserved = true, size = size, token = token, en
              last_access = fetch and fetch.last_access, priority = fetch and fetch.priority,
              following = fetch and fetch.following})
 redis.call('HDEL', wishes, object_id)
-announce('fetch_changed')
+-- Nothing of a new fetch can be sent yet: to announce it would wake every process that waits for its first bytes.
+if resumed then announce('fetch_changed') end
 return {'granted', token, resumed and 1 or 0, held - size}
