@@ -575,10 +575,11 @@ class StateStore(WorkerStore, ReportStore, OperatorStore, EvictorStore, Protocol
         until its job counts as lost: in a queue that does not move another job would only wait behind it.
         """
 
-    async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
+    async def mark_queued(self, object_id: ObjectId, claimant: str, serial: int = 0) -> None:
         """The job is published: the claim becomes QUEUED, which lasts longer.
 
-        No effect if this claimant no longer holds the claim: a worker may have begun already.
+        `serial`: of the claim; another one stays as it is. 0: any of this claimant. No effect if it no longer holds the
+        claim: a worker may have begun already.
         """
 
     async def release_claim(self, object_id: ObjectId, claimant: str | None, serial: int = 0) -> None:

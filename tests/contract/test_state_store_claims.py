@@ -309,6 +309,18 @@ class TestMarkQueuedAndWithdraw:
         await harness.store.release_claim(ONE, "api-2")
         assert await harness.phase(ONE) is FetchPhase.CLAIMED
 
+    async def test_a_late_mark_leaves_a_newer_claim_alone(self, harness: Harness) -> None:
+        """1. A job is published, and fetched at once. 2. The same process claims the object again. 3. The mark of the
+        first claim comes."""
+        await harness.reconciled()
+        first = await harness.store.claim(ONE, "api-1")
+        await harness.store.release(await harness.begin_fetch(ONE, 100))
+        second = await harness.store.claim(ONE, "api-1")
+        await harness.store.mark_queued(ONE, "api-1", first.serial)
+        assert await harness.phase(ONE) is FetchPhase.CLAIMED
+        await harness.store.mark_queued(ONE, "api-1", second.serial)
+        assert await harness.phase(ONE) is FetchPhase.QUEUED
+
     async def test_a_faster_worker_is_not_disturbed(self, harness: Harness) -> None:
         await harness.reconciled()
         await harness.store.claim(ONE, "api-1")

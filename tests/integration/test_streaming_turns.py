@@ -15,7 +15,12 @@ from typing import Any
 import pytest
 
 from distributor_node.services.api.assets.handler import AssetHandler
-from distributor_node.services.api.assets.response import CHUNK_BYTES, UNSENT_LIMIT, ResponseWriter
+from distributor_node.services.api.assets.response import (
+    CHUNK_BYTES,
+    SENDFILE_ADVANTAGE,
+    UNSENT_LIMIT,
+    ResponseWriter,
+)
 from distributor_node.services.api.protocol import RawBody
 from distributor_node.shared.waiting import REQUEST_SPACING, TURN_BYTES, TurnBudget
 from distributor_node.shared.waiting import Turns as WaitingTurns
@@ -32,9 +37,12 @@ class Turns:
     def __init__(self) -> None:
         self._number = 0
         self._handled: Counter[int] = Counter()
+        self.total = 0
 
-    def count(self, size: int) -> None:
-        self._handled[self._number] += size
+    def count(self, size: int, cost: int | None = None) -> None:
+        """`cost`: what a turn may have TURN_BYTES of."""
+        self._handled[self._number] += size if cost is None else cost
+        self.total += size
 
     @property
     def number(self) -> int:
@@ -43,10 +51,6 @@ class Turns:
     @property
     def most(self) -> int:
         return max(self._handled.values())
-
-    @property
-    def total(self) -> int:
-        return self._handled.total()
 
     @contextmanager
     def numbered(self) -> Iterator[None]:
@@ -95,7 +99,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
 
     def counting_file(raw: RawBody, descriptor: int, offset: int, length: int) -> int:
         sent = send_file(raw, descriptor, offset, length)
-        counted.count(sent)
+        counted.count(sent, cost=sent // SENDFILE_ADVANTAGE)
         return sent
 
     monkeypatch.setattr(ResponseWriter, "send", counting)

@@ -196,9 +196,8 @@ class FetchStarter:
             # Race: 1. this request sees no file; 2. a fetcher renames the complete file and commits; 3. this request
             # claims and wins. The commit follows the rename, so looking once more after the claim is enough.
             if claim.won and job.revalidates is None and self._is_complete(object_id):
-                claim = Claim(won=False, status=ObjectStatus(None, None))
-                start.claim.set_result(claim)
-                await self._update_claim(self._state.release_claim, object_id, request_id)
+                start.claim.set_result(Claim(won=False, status=ObjectStatus(None, None)))
+                await self._update_claim(self._state.release_claim, object_id, claim.serial, request_id)
                 return
             start.claim.set_result(claim)
             if not claim.won:
@@ -258,14 +257,18 @@ class FetchStarter:
         if published:
             await asyncio.sleep(_MARK_DELAY)
         update = self._state.mark_queued if published else self._state.release_claim
-        await self._update_claim(update, job.object_id, job.request_id)
+        await self._update_claim(update, job.object_id, job.claim, job.request_id)
 
     async def _update_claim(
-        self, update: Callable[[ObjectId, str], Awaitable[None]], object_id: ObjectId, request_id: str
+        self,
+        update: Callable[[ObjectId, str, int], Awaitable[None]],
+        object_id: ObjectId,
+        serial: int,
+        request_id: str,
     ) -> None:
-        """Mark the claim as queued, or release it."""
+        """Mark the claim as queued, or release it: this one, and none that this process has made since."""
         try:
-            await update(object_id, self._claimant)
+            await update(object_id, self._claimant, serial)
         except StateStoreUnavailable as error:
             # The claim expires by itself. Until then requests wait as pending, and are proxied after first_byte_wait.
             self._log_state_error(update.__name__, request_id, error)

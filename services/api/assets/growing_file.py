@@ -295,7 +295,7 @@ class PartialFileStreamer:
         look_again_at = monotonic() + LOOK_SECONDS
         while position < end:
             # It ends with a page of the file where it can: sendfile costs more from within one.
-            length = min(CHUNK_BYTES - position % PAGE_SIZE, end - position)
+            length = min(LOOK_BYTES - position % PAGE_SIZE, end - position)
             if not await response.send_file(descriptor, position, length, cached=cached):
                 return False
             if monotonic() >= look_again_at:

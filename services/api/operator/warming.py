@@ -265,7 +265,7 @@ class CacheWarmer:
             except JobQueueUnavailable:
                 await state.release_claim(object_id, self._holder)
                 raise
-            await state.mark_queued(object_id, self._holder)
+            await state.mark_queued(object_id, self._holder, claim.serial)
         elif claim.status.failure is not None:
             return "failed"
         else:

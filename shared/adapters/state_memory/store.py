@@ -115,10 +115,11 @@ class MemoryStateStore:
         )
         return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=serial)
 
-    async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
+    async def mark_queued(self, object_id: ObjectId, claimant: str, serial: int = 0) -> None:
         tables = self._tables
         row = tables.row(object_id)
-        if row and tables.phase(row) is FetchPhase.CLAIMED and row.worker == claimant:
+        claimed = row is not None and tables.phase(row) is FetchPhase.CLAIMED
+        if row and claimed and row.worker == claimant and serial in (0, row.job):
             now, duration = tables.clock(), tables.timeouts.queued_seconds
             tables.rows[object_id] = replace(
                 row, phase=FetchPhase.QUEUED, ends=now + duration, since=now, duration=duration

@@ -172,9 +172,9 @@ class RedisStateStore:
             return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=reply)
         return Claim(won=False, status=read_object_status(object_id, reply))
 
-    async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
+    async def mark_queued(self, object_id: ObjectId, claimant: str, serial: int = 0) -> None:
         duration = milliseconds(self._timeouts.queued_seconds)
-        await self._connection.run("mark_queued", object_id, claimant, duration)
+        await self._connection.run("mark_queued", object_id, claimant, duration, serial)
 
     async def release_claim(self, object_id: ObjectId, claimant: str | None, serial: int = 0) -> None:
         await self._connection.run("withdraw", object_id, claimant or "", serial)
