@@ -327,7 +327,7 @@ class EarlyStream:
         if not self._first.done():
             await cancel_and_wait(self._first)
         if not self._first.cancelled():
-            self._first.exception()  # retrieved, so that asyncio does not log it: nobody may have asked for it
+            self._first.exception()  # retrieved, so that asyncio does not log it: there may have been no reader
         await self._stream.aclose()
 
 
