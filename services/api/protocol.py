@@ -207,9 +207,10 @@ class RawBody:
         self._http, self._transport, self._socket = http, transport, descriptor
         transport.set_write_buffer_limits(high=0)  # it tells when it is empty
 
-    def admits(self, size: int) -> bool:
-        """Whether the next `size` bytes may be sent by `send_file`. Not if the connection has ended."""
-        return size < self._http.response_bytes_left and not self._transport.is_closing()
+    @property
+    def admitted(self) -> int:
+        """How many of the next bytes may be sent by `send_file`. None if the connection has ended."""
+        return 0 if self._transport.is_closing() else max(0, self._http.response_bytes_left - 1)
 
     @property
     def is_held_up(self) -> bool:
@@ -226,7 +227,7 @@ class RawBody:
             self._transport.set_write_buffer_limits(low=_LOW_WATER, high=_HIGH_WATER)
 
     def send_file(self, descriptor: int, offset: int, length: int) -> int:
-        """Send bytes of a file that `admits` allows. Returns how many the socket takes now, perhaps none.
+        """Send bytes of a file, as many as are `admitted`. Returns how many the socket takes now, perhaps none.
 
         An error is not raised: it is met again by the call that sends these bytes another way.
         """

@@ -51,6 +51,8 @@ from distributor_node.shared.waiting import boot_time, ended_by, wait_event
 
 Denied = AlreadyStored | HeldElsewhere | Superseded | NoSpace | NeverFits | NotReconciled
 
+OnRefused = Callable[[Denied | StateStoreUnavailable], Awaitable[None]]
+
 _POLL_INTERVAL = 0.5
 """Seconds after which a waiting job asks again without an announcement, because announcements can be lost."""
 
@@ -108,12 +110,12 @@ class Admission:
         *,
         warming: bool = False,
         claim: int = 0,
-        on_refused: Callable[[], Awaitable[None]] | None = None,
+        on_refused: OnRefused | None = None,
     ) -> Admitted | JobOutcome:
         """Return the lease, or the outcome of a job that is not to fetch.
 
         `warming`: no client waits for the object, so nothing is evicted for it. `claim`: serial of the job's claim.
-        `on_refused`: called when the lease is refused, which may be granted later.
+        `on_refused`: called once, when the lease is refused at first, or the state store fails.
         Raises VolumeError and StateStoreUnavailable.
         """
         size = media_object.size
@@ -130,7 +132,7 @@ class Admission:
         media_object: MediaObject,
         size: int,
         claim: int,
-        on_refused: Callable[[], Awaitable[None]] | None,
+        on_refused: OnRefused | None,
         *,
         warming: bool,
     ) -> Admitted | JobOutcome:
@@ -145,6 +147,8 @@ class Admission:
                 try:
                     result = await self._state.begin(object_id, size, self._worker, claim, trace)
                 except StateStoreUnavailable as error:
+                    if on_refused is not None:
+                        await on_refused(error)
                     if await self._disk.run(self._stored_record, object_id) is None:
                         raise
                     logger.info("reindex_deferred", reason=str(error))  # reconciliation adds it
@@ -153,7 +157,7 @@ class Admission:
                     # Whether it is stored all the same, `FetchRunner` sees in the call that opens the partial file.
                     return Admitted(result.lease, requested_at, resumed=result.resumed)
                 if on_refused is not None:
-                    await on_refused()
+                    await on_refused(result)
                     on_refused = None
                 record = await self._disk.run(self._stored_record, object_id)
                 if record is not None:

@@ -297,14 +297,14 @@ class Download:
         early, self._early = self._early, None
         if early is not None and (offset or side is not None):
             await early.close()
-        if early is not None and not early.is_closed:
-            asked_at, stream = early.asked_at, early.chunks(self._on_source)
-        else:
-            stream = self._stream(sources, offset, limit)
+        if early is not None and early.is_closed:
+            early = None
+        stream = self._stream(sources, offset, limit) if early is None else early.chunks(self._on_source)
         async with writer.writing(offset), aclosing(stream) as chunks:
             async for chunk in chunks:
                 if not contributors:
-                    PHASE.labels("source_first_byte").observe(time.monotonic() - asked_at)
+                    waited = None if early is None else early.first_chunk_after
+                    PHASE.labels("source_first_byte").observe(waited or time.monotonic() - asked_at)
                 contributors.add(chunk.source)
                 if side is None:
                     await writer.put(chunk.data)
@@ -488,8 +488,8 @@ class PartialWriter:
     async def writing(self, offset: int) -> AsyncIterator[None]:
         """Within the block, `put` the bytes that follow `offset`.
 
-        When the block has ended, for any reason, all bytes given to `put` are on disk, unless the lease was lost or
-        the disk failed. Errors of the disk are raised here or by `put`.
+        When the block has ended, for any reason, all bytes given to `put` are on disk, unless the lease was lost, the
+        disk failed, or `put` was cancelled. Errors of the disk are raised here or by `put`.
         """
         record = self._partial.record
         if record.size <= _UNBATCHED_BYTES and not record.growing and self._reserve is None:

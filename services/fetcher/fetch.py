@@ -24,6 +24,7 @@ import structlog
 
 from distributor_node.services.fetcher.admission import (
     Admitted,
+    Denied,
     FetchTask,
     LeaseLost,
     LeaseRenewer,
@@ -56,14 +57,22 @@ from distributor_node.shared.domain.objects import MediaObject, StoredRecord
 from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
-from distributor_node.shared.ports.state_store import REBUILD_DELAY, FailureCause, Lease, StateStore
+from distributor_node.shared.ports.state_store import (
+    REBUILD_DELAY,
+    FailureCause,
+    Lease,
+    NoSpace,
+    NotReconciled,
+    StateStore,
+)
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through
 
 _SPACE_REQUEST_TTL = 60.0
 """Seconds that the evictor remembers a request for space made after ENOSPC."""
 
 _REFUSAL_MEMORY = 10.0
-"""Seconds after a refused lease for which no source is asked early: a full cache refuses one lease after the other."""
+"""Seconds after a lease was refused for lack of space, or not granted because the store failed, for which no source is
+asked early: then others are not granted either."""
 
 RecordFailure = Callable[[str, FailureCause, bool], Awaitable[None]]
 """Called with the reason and the cause of a failed attempt, and whether it is the last one. Does not raise."""
@@ -97,9 +106,10 @@ class FetchRunner:
         Only where the lease will be granted in all likelihood, or sources would be asked in vain: not for a job that
         was tried before, and not after refusals. `first_choice`: the source to begin with.
         """
-        wanted = job.media_object
+        wanted, window = job.media_object, self._limits.window
         if not (
-            0 < (wanted.size or 0) < MIN_SIZE  # a larger one may have side streams and a window
+            0 < (wanted.size or 0) < MIN_SIZE  # a larger one may have side streams
+            and (window is None or (wanted.size or 0) <= window.above)
             and wanted.content_hash is not None
             and job.attempt == 1
             and not job.low_priority
@@ -112,9 +122,10 @@ class FetchRunner:
             self._failover_reader, replace(wanted, validators=NO_VALIDATORS), wanted.sources, preference
         )
 
-    async def give_up_early(self, early: EarlyStream) -> None:
+    async def give_up_early(self, early: EarlyStream, refusal: Denied | StateStoreUnavailable) -> None:
         """The lease was refused."""
-        self._early_from = time.monotonic() + _REFUSAL_MEMORY
+        if isinstance(refusal, NoSpace | NotReconciled | StateStoreUnavailable):  # so will others be
+            self._early_from = time.monotonic() + _REFUSAL_MEMORY
         await early.close()
 
     async def run(
@@ -278,9 +289,7 @@ class _PartialFetch:
 
     async def run(self) -> StoredRecord | None:
         """Open, download, verify and publish. Returns the record of an object that was stored before."""
-        # The old file of a fetch that is resumed may have to be emptied, which takes a disk long.
-        open_file = self._disk.run if self._may_have_bytes else self._disk.run_short
-        stored = await open_file(self._open)
+        stored = await self._open_where_it_is_quick()
         if stored is not None:
             return stored
         if self.is_verified:
@@ -307,6 +316,14 @@ class _PartialFetch:
         await self._publish(partial)
         return None
 
+    async def _open_where_it_is_quick(self) -> StoredRecord | None:
+        """See `_open`. What is there of an earlier fetch may have to be emptied or synced, which takes long."""
+        if not self._may_have_bytes:
+            is_new, stored = await self._disk.run_short(self._open_if_new)
+            if is_new:
+                return stored
+        return await self._disk.run(self._open)
+
     @property
     def _opened(self) -> PartialFile:
         if self._partial is None:
@@ -319,6 +336,16 @@ class _PartialFetch:
         Returns the record instead, if the object is stored.
         """
         self._volume.check()
+        return self._look_and_open()
+
+    def _open_if_new(self) -> tuple[bool, StoredRecord | None]:
+        """Likewise, if there is no partial file. Returns whether there was none, and what `_open` returns."""
+        self._volume.check()
+        if self._volume.has_partial(self._object.object_id):
+            return False, None
+        return True, self._look_and_open()
+
+    def _look_and_open(self) -> StoredRecord | None:
         stored = self._volume.complete_record(self._object.object_id)
         if stored is None:
             sidecar = self._volume.partial_record(self._object.object_id)

@@ -33,6 +33,9 @@ class ThreadCall(Protocol):
 SLOW_CALL = 0.01
 """Seconds that a short call may block the event loop. A disk that takes longer may take much longer next time."""
 
+BUSY_CALL = 0.1
+"""Seconds after which a call that has not ended shows that the disk is not idle."""
+
 SLOW_PAUSE = 10.0
 """Seconds for which short calls have threads after one that was slow."""
 
@@ -45,16 +48,21 @@ class BlockingPool:
 
     def __init__(self, count: int) -> None:
         self._executor = ThreadPoolExecutor(count, thread_name_prefix="disk")
-        self._in_loop_from = (
-            inf  # monotonic seconds from which `run_short` runs calls in the loop; inf: never
-        )
+        self._in_loop_from = inf  # monotonic seconds until which `run_short` has threads
+        self._begun: dict[int, float] = {}  # when the calls that run now were begun, the oldest one first
+        self._count = 0
 
     async def run(
         self, call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
     ) -> Result:
         """The result of the call. As `run_blocking`, in a thread of this pool."""
-        loop = asyncio.get_running_loop()
-        return await result_uncancellable(loop.run_in_executor(self._executor, lambda: call(*args, **kwargs)))
+        loop, number = asyncio.get_running_loop(), self._count
+        self._count, self._begun[number] = number + 1, time.monotonic()
+        try:
+            work = loop.run_in_executor(self._executor, lambda: call(*args, **kwargs))
+            return await result_uncancellable(work)
+        finally:
+            del self._begun[number]
 
     def keep_short_calls_in_loop(self) -> None:
         """From now on `run_short` needs no thread while the disk is quick. For a loop that serves no clients."""
@@ -65,11 +73,13 @@ class BlockingPool:
     ) -> Result:
         """As `run`, for a call that a quick disk answers before a thread would have begun it.
 
-        After `keep_short_calls_in_loop` it runs in the event loop. A call of more than SLOW_CALL there sends those of
-        the next SLOW_PAUSE to threads.
+        After `keep_short_calls_in_loop` it runs in the event loop, unless a call in a thread has not ended for
+        BUSY_CALL: the disk has other work, or hangs. A call of more than SLOW_CALL in the loop sends those of the next
+        SLOW_PAUSE to threads.
         """
         began_at = time.monotonic()
-        if began_at < self._in_loop_from:
+        oldest = next(iter(self._begun.values()), began_at)
+        if began_at < self._in_loop_from or began_at - oldest > BUSY_CALL:
             return await self.run(call, *args, **kwargs)
         try:
             return call(*args, **kwargs)

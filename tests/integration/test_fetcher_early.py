@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,28 @@ import pytest
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent
 from distributor_node.services.fetcher import fetch
+from distributor_node.services.fetcher.admission import Denied
 from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import Worker
 from distributor_node.services.fetcher.side_streams import MIN_SIZE
+from distributor_node.services.fetcher.window import WindowLimits
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import PartialFile
+from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome, Nack, Retry
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.ports.state_store import REBUILD_DELAY, BeginResult, Granted, Lease
+from distributor_node.shared.ports.state_store import (
+    REBUILD_DELAY,
+    AlreadyStored,
+    BeginResult,
+    Granted,
+    HeldElsewhere,
+    Lease,
+    NoSpace,
+    NotReconciled,
+)
+from tests.counters import counted
 from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness
 from tests.waiting import eventually
 
@@ -156,8 +171,18 @@ async def test_a_refused_lease_ends_the_request(harness: Harness) -> None:
     assert [len(node.requests) for node in harness.nodes] == [2, 0]
 
 
-async def test_after_a_refusal_no_source_is_asked_early_for_a_while(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("refusal", "lasts"),
+    [
+        (NoSpace(1), True),
+        (NotReconciled(), True),
+        (StateStoreUnavailable("down"), True),
+        (HeldElsewhere(1.0), False),
+        (AlreadyStored(1), False),
+    ],
+)
+async def test_after_a_refusal_that_others_will_get_no_source_is_asked_early_for_a_while(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, refusal: Denied | StateStoreUnavailable, lasts: bool
 ) -> None:
     monkeypatch.setattr(fetch, "_REFUSAL_MEMORY", 0.3)
     runner = FetchRunner(
@@ -166,16 +191,40 @@ async def test_after_a_refusal_no_source_is_asked_early_for_a_while(
     job = harness.job(harness.wanted(DATA))
     early = runner.ask_early(job, None)
     assert early is not None
-    await runner.give_up_early(early)
-    assert runner.ask_early(job, None) is None
+    await runner.give_up_early(early, refusal)
+    assert await asks(runner, job) is not lasts
 
     async def asks_again() -> bool:
-        again = runner.ask_early(job, None)
-        if again is not None:
-            await again.close()
-        return again is not None
+        return await asks(runner, job)
 
     await eventually(asks_again)
+
+
+async def test_not_where_a_window_asks_for_parts(harness: Harness) -> None:
+    for above, asked in ((len(DATA) - 1, False), (len(DATA), True)):
+        window = WindowLimits(window=64 * 1024, above=above, near=0, viewer_timeout=30)
+        runner = FetchRunner(
+            harness.state,
+            harness.volume,
+            harness.failover_reader,
+            harness.disk,
+            harness.times,
+            FetchLimits(window=window),
+        )
+        assert await asks(runner, harness.job(harness.wanted(DATA))) is asked
+
+
+async def asks(runner: FetchRunner, job: FetchJob) -> bool:
+    early = runner.ask_early(job, None)
+    if early is not None:
+        await early.close()
+    return early is not None
+
+
+async def test_the_wait_for_the_lease_is_not_the_sources(harness: Harness) -> None:
+    before = counted("distributor_phase_seconds_sum", phase="source_first_byte")
+    assert await asked_before_its_lease(harness)  # 0.1 s and more before the lease is granted
+    assert counted("distributor_phase_seconds_sum", phase="source_first_byte") - before < 0.1
 
 
 async def test_a_cancelled_job_leaves_no_request_behind(harness: Harness) -> None:
@@ -219,3 +268,25 @@ async def test_a_lease_is_renewed_before_the_first_byte_unless_the_file_was_ther
         store.grant_takes = grant_takes
         assert await harness.worker().handle(harness.job(harness.wanted(DATA))) == Ack("fetched")
         assert store.renewals == renewals
+
+
+@pytest.mark.parametrize("left", [False, True])
+async def test_a_file_that_is_there_is_opened_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    """It may have to be emptied or synced, which takes a disk long. A new one is opened in the loop."""
+    opened: list[bool] = []
+    open_file = PartialFile.open
+
+    def note(file: PartialFile, *, write_sidecar: bool = True, empty: bool = False) -> None:
+        opened.append(threading.current_thread() is threading.main_thread())
+        open_file(file, write_sidecar=write_sidecar, empty=empty)
+
+    async with fetcher_harness(tmp_path, [DATA]) as harness:
+        harness.disk.keep_short_calls_in_loop()
+        if left:
+            (tmp_path / "incoming" / f"{OBJECT_ID}.part").write_bytes(b"old")
+        monkeypatch.setattr(PartialFile, "open", note)
+        assert await harness.worker().handle(harness.job(harness.wanted(DATA))) == Ack("fetched")
+        assert harness.stored() == DATA
+    assert opened == [not left]

@@ -245,3 +245,19 @@ async def test_a_client_that_reads_steadily_is_not_taken_for_one_that_reads_noth
         await fetch.complete()
         assert await reading == harness.data["1"]
         assert len(await silent.read()) < SIZE
+
+
+@pytest.mark.parametrize("size", [600 * KIB, MIB, 1280 * KIB, 2 * MIB, 3 * MIB + 17])
+async def test_all_but_the_first_piece_and_the_last_page_are_sent_by_sendfile(
+    tmp_path: Path, sendfile: Sendfile, size: int
+) -> None:
+    """Or a last piece that is as quickly read."""
+    async with assets_harness(tmp_path, fast_lane=False) as harness:
+        harness.add("1", size)
+        fetch = await harness.begin("1", written=size)
+        fetch.verify()
+        answer = await harness.get("1")
+        assert answer.body == harness.data["1"]
+        await fetch.complete()
+    full = 4 * 32 * KIB  # where the socket was full
+    assert size - sendfile.total <= 2 * CHUNK_BYTES + full

@@ -51,3 +51,20 @@ async def test_a_slow_call_that_fails_counts_as_well(pool: BlockingPool) -> None
     with pytest.raises(OSError, match="broken"):
         await pool.run_short(fail)
     assert not await pool.run_short(is_in_loop)
+
+
+async def test_while_a_call_in_a_thread_does_not_end_they_have_threads(pool: BlockingPool) -> None:
+    pool.keep_short_calls_in_loop()
+    ended = threading.Event()
+    other = BlockingPool(2)
+    other.keep_short_calls_in_loop()
+    hanging = asyncio.create_task(other.run(ended.wait, 30))
+    await asyncio.sleep(0)
+    assert await other.run_short(is_in_loop)
+    await asyncio.sleep(2 * threads.BUSY_CALL)
+    assert not await other.run_short(is_in_loop)
+    assert await pool.run_short(is_in_loop)
+    ended.set()
+    await hanging
+    assert await other.run_short(is_in_loop)
+    await other.close()

@@ -401,8 +401,12 @@ class ResponseWriter:
         left to the transport, which tells when there is room again.
         """
         sent, raw = 0, self._raw
-        if raw is not None and not raw.admits(length):
-            raw = None
+        if raw is not None and length > (admitted := raw.admitted):
+            # Most of the last bytes, up to the end of a page. Few are as quickly read.
+            if admitted > CHUNK_BYTES:
+                length = admitted - (offset + admitted) % PAGE_SIZE
+            else:
+                raw = None
         if raw is not None and raw.is_held_up:
             await raw.wait_until_empty()
             cached = None

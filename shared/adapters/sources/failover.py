@@ -295,15 +295,18 @@ class EarlyStream:
         preference: Preference,
     ) -> None:
         """`media_object`: with a hash and a known size above 0. The reader of another may refuse a response."""
-        self.asked_at = time.monotonic()
+        self.first_chunk_after: float | None = None  # seconds; None: it has not come
         self.is_closed = False
+        self._asked_at = time.monotonic()
         self._begun: list[tuple[str, SourceResponse]] = []  # before there was a reader
         self._on_source: OnSource | None = None
         self._stream = reader.stream(media_object, 0, None, sources, self._on_response, preference=preference)
         self._first = asyncio.create_task(self._read_first(), name="early-request")
 
     async def _read_first(self) -> Chunk:
-        return await anext(self._stream)
+        chunk = await anext(self._stream)
+        self.first_chunk_after = time.monotonic() - self._asked_at
+        return chunk
 
     def _on_response(self, url: str, response: SourceResponse) -> None:
         if self._on_source is None:

@@ -409,6 +409,19 @@ class Volume:
         found = _stored(body, object_id)
         return None if found is None else found[0]
 
+    def has_partial(self, object_id: ObjectId) -> bool:
+        """Whether there is a partial file, whatever it holds. Blocking."""
+        with map_os_errors(f"look for the partial file of {object_id}"):
+            try:
+                os.stat(
+                    object_id + PART_SUFFIX,
+                    dir_fd=self._directories.descriptor(INCOMING),
+                    follow_symlinks=False,
+                )
+            except FileNotFoundError:
+                return False
+        return True
+
     def open_partial_for_writing(
         self, expected: StoredRecord, *, write_sidecar: bool = True, empty: bool = False
     ) -> PartialFile:
