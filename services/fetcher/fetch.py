@@ -103,8 +103,9 @@ class FetchRunner:
     def ask_early(self, job: FetchJob, first_choice: str | None) -> EarlyStream | None:
         """Ask the source for a small object while its lease is being asked for. The caller closes what is returned.
 
-        Only where the lease will be granted in all likelihood, or sources would be asked in vain: not for a job that
-        was tried before, and not after refusals. `first_choice`: the source to begin with.
+        Only where the lease will be granted in all likelihood, and nothing is on the volume, or sources would be asked
+        in vain: not for a job that was tried before, and not after refusals. And only where looking at the volume needs
+        no thread. `first_choice`: the source to begin with.
         """
         wanted, window = job.media_object, self._limits.window
         if not (
@@ -115,8 +116,14 @@ class FetchRunner:
             and not job.low_priority
             and not self._failover_reader.asks_peers(wanted.object_id, job.peer_use)
             and time.monotonic() >= self._early_from
+            and self._disk.keeps_short_calls_in_loop
         ):
             return None
+        try:
+            if self._volume.has_file(wanted.object_id):
+                return None
+        except VolumeError:
+            return None  # the fetch meets it too
         preference = Preference(lambda url: url != first_choice, job.peer_use)
         return EarlyStream(
             self._failover_reader, replace(wanted, validators=NO_VALIDATORS), wanted.sources, preference

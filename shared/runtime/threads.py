@@ -64,6 +64,12 @@ class BlockingPool:
         finally:
             del self._begun[number]
 
+    @property
+    def keeps_short_calls_in_loop(self) -> bool:
+        """Whether `run_short` needs no thread now."""
+        now = time.monotonic()
+        return now >= self._in_loop_from and now - next(iter(self._begun.values()), now) <= BUSY_CALL
+
     def keep_short_calls_in_loop(self) -> None:
         """From now on `run_short` needs no thread while the disk is quick. For a loop that serves no clients."""
         self._in_loop_from = -inf
@@ -77,10 +83,9 @@ class BlockingPool:
         BUSY_CALL: the disk has other work, or hangs. A call of more than SLOW_CALL in the loop sends those of the next
         SLOW_PAUSE to threads.
         """
-        began_at = time.monotonic()
-        oldest = next(iter(self._begun.values()), began_at)
-        if began_at < self._in_loop_from or began_at - oldest > BUSY_CALL:
+        if not self.keeps_short_calls_in_loop:
             return await self.run(call, *args, **kwargs)
+        began_at = time.monotonic()
         try:
             return call(*args, **kwargs)
         finally:

@@ -21,6 +21,7 @@ from distributor_node.services.fetcher.side_streams import MIN_SIZE
 from distributor_node.services.fetcher.window import WindowLimits
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import PartialFile
+from distributor_node.shared.adapters.volume.layout import shard
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome, Nack, Retry
 from distributor_node.shared.domain.objects import ObjectId
@@ -34,6 +35,7 @@ from distributor_node.shared.ports.state_store import (
     NoSpace,
     NotReconciled,
 )
+from distributor_node.shared.runtime.threads import BUSY_CALL
 from tests.counters import counted
 from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness
 from tests.waiting import eventually
@@ -60,6 +62,7 @@ class SlowStore(MemoryStateStore):
 async def harness(tmp_path: Path) -> AsyncIterator[Harness]:
     async with fetcher_harness(tmp_path, [DATA, DATA], state_kind=SlowStore) as ready:
         store_of(ready).may_begin = asyncio.Event()
+        ready.disk.keep_short_calls_in_loop()
         yield ready
 
 
@@ -144,7 +147,26 @@ async def test_not_without_a_hash_whose_response_may_be_refused(harness: Harness
 async def test_not_for_an_object_that_may_have_side_streams(tmp_path: Path) -> None:
     async with fetcher_harness(tmp_path, [LARGE], state_kind=SlowStore) as harness:
         store_of(harness).may_begin = asyncio.Event()
+        harness.disk.keep_short_calls_in_loop()
         assert not await asked_before_its_lease(harness, harness.job(harness.wanted(LARGE)))
+
+
+@pytest.mark.parametrize("place", ["incoming/7.part", f"objects/{shard('7')}/7"])
+async def test_not_where_the_volume_has_a_file(harness: Harness, place: str) -> None:
+    file = harness.volume.root / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"old")
+    assert not await asked_before_its_lease(harness)
+    assert harness.stored() == DATA
+
+
+async def test_not_where_the_disk_has_threads_for_short_calls(harness: Harness) -> None:
+    ended = threading.Event()
+    hanging = asyncio.create_task(harness.disk.run(ended.wait, 30))
+    await asyncio.sleep(2 * BUSY_CALL)
+    assert not await asked_before_its_lease(harness)
+    ended.set()
+    await hanging
 
 
 async def test_a_refused_lease_ends_the_request(harness: Harness) -> None:

@@ -409,6 +409,10 @@ class Volume:
         found = _stored(body, object_id)
         return None if found is None else found[0]
 
+    def has_file(self, object_id: ObjectId) -> bool:
+        """Whether there is a file under the object's name, or a partial file, whatever they hold. Blocking."""
+        return self.has_partial(object_id) or self.find_object(object_id) is not None
+
     def has_partial(self, object_id: ObjectId) -> bool:
         """Whether there is a partial file, whatever it holds. Blocking."""
         with map_os_errors(f"look for the partial file of {object_id}"):
