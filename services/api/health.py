@@ -41,7 +41,13 @@ IMPORT_READY_TIMEOUT = 600.0
 REFUSED_LOOKUPS_SHOWN = 10.0
 """Seconds that a refused look-up makes the node degraded."""
 
+MIN_FREE_BYTES = 16 * 1024 * 1024
+"""Bytes free on the device behind the volume below which most fetches fail, whatever the storage limit is."""
+
 LOOKUPS_FAIL = "the last look-ups failed"
+
+_DEVICE_FULL = "its device is full"
+_FULL = f"volume: {_DEVICE_FULL}"
 
 logger = structlog.get_logger()
 
@@ -61,8 +67,12 @@ class HealthChecks:
         """Check public port, volume, state store, job queue, catalog and import."""
         dependencies = await self.dependencies()
         unfinished_import = await asyncio.to_thread(self._check_import)
-        problems = (dependencies.pop("public port"), dependencies.pop("volume"), unfinished_import)
-        degraded = (*dependencies.values(), self._check_workers(), self._check_lookups())
+        volume = dependencies.pop("volume")
+        full = (
+            volume if volume is not None and volume.startswith(_FULL) else None
+        )  # hits are served all the same
+        problems = (dependencies.pop("public port"), None if full else volume, unfinished_import)
+        degraded = (full, *dependencies.values(), self._check_workers(), self._check_lookups())
         return Readiness(
             problems=tuple(problem for problem in problems if problem),
             degraded=tuple(missing for missing in degraded if missing),
@@ -130,8 +140,11 @@ class HealthChecks:
         """What the node's page shows of this process, beside the checks of the process that serves the page."""
         return {"lookups_fail": self._context.catalog.lookups_fail}
 
-    async def _check_volume(self) -> None:
-        await asyncio.to_thread(self._context.volume.check)
+    async def _check_volume(self) -> str | None:
+        volume = self._context.volume
+        await asyncio.to_thread(volume.check)
+        free = (await asyncio.to_thread(volume.device_space)).free_bytes
+        return f"{_DEVICE_FULL}: {free} bytes are free" if free < MIN_FREE_BYTES else None
 
     async def _check(self, name: str, check: Callable[[], Awaitable[object]]) -> str | None:
         try:

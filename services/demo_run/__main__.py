@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
     folder: Path = options.data
     squid_port = 0
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder)
         source_port = free_port_from(options.storage_node_port)
         mirror_port = free_port_from(source_port + 1)
@@ -131,11 +130,16 @@ def dashboard_url(settings: Settings) -> str:
 
 
 def locked(folder: Path) -> TextIO:
-    """Lock the folder until the file is closed. Raises ConfigurationError if another demo runs there.
+    """Make the folder, and lock it until the file is closed. Raises ConfigurationError if that fails, or another demo
+    runs there.
 
     The settings and the manifest name ports: written again, they would lead a running node to other sources.
     """
-    file = (folder / ".lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigurationError(f"--data: cannot use {folder}: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

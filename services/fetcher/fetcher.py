@@ -39,6 +39,7 @@ from distributor_node.shared.domain.errors import (
     SourceError,
     StateStoreUnavailable,
     VolumeError,
+    VolumeFull,
 )
 from distributor_node.shared.domain.http_caching import (
     DEFAULT_RULES,
@@ -166,11 +167,8 @@ class Fetcher:
         """
         try:
             await self._disk.run(self._volume.prepare)
-            if self._side_streams.most and not await self._disk.run(self._volume.has_holes):
-                logger.warning(
-                    "partial_files_not_sparse", reason="storage.path: expected holes to take no space"
-                )
-                self._side_streams.most = 0
+            if self._side_streams.most:
+                await self._try_holes()
             if not self._shares_loop and await self._disk.run(self._volume.is_on_local_disk):
                 self._disk.keep_short_calls_in_loop()
         except VolumeError as error:
@@ -189,6 +187,16 @@ class Fetcher:
         finally:
             self._consuming = False
             await self._disk.close()
+
+    async def _try_holes(self) -> None:
+        """No side streams where files cannot be sparse, or a full disk does not let that be tried out."""
+        try:
+            reason = "" if await self._disk.run(self._volume.has_holes) else "expected holes to take no space"
+        except VolumeFull as error:
+            reason = str(error)
+        if reason:
+            logger.warning("partial_files_not_sparse", reason=f"storage.path: {reason}")
+            self._side_streams.most = 0
 
     async def _handle(self, job: FetchJob) -> JobOutcome:
         """Hold new jobs while the node drains, so that no other worker takes them. Running fetches go on."""

@@ -19,6 +19,7 @@ import pytest
 from distributor_node.services.demo.objects import MIB
 from distributor_node.services.demo_run.__main__ import free_port_from, port_number
 from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.runtime.run_service import MISCONFIGURED
 from tests.servers.redis_server import free_port
 
 
@@ -102,3 +103,17 @@ def test_a_port_that_is_none(text: str) -> None:
 def test_the_last_port(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match="no free port"):
         free_port_from(65535, {65535})
+
+
+def test_a_data_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = subprocess.run(
+        [sys.executable, "-m", "distributor_node.services.demo_run", "--data", str(tmp_path / "file")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == MISCONFIGURED
+    assert f"--data: cannot use {tmp_path / 'file'}: File exists" in ended.stderr
+    assert "Traceback" not in ended.stderr

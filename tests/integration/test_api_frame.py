@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from sanic import HTTPResponse, Request
 
-from distributor_node.services.api.health import HealthChecks
+from distributor_node.services.api.health import MIN_FREE_BYTES, HealthChecks
 from distributor_node.services.api.operator.commands import OperatorQueries
 from distributor_node.services.api.status import UsageReader
+from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState
+from distributor_node.shared.domain.space import DeviceSpace
 from distributor_node.shared.observability.probe_server import Readiness
 from distributor_node.shared.ports.state_store import Granted, WorkerReport
 from distributor_node.shared.runtime.process import VERSION
@@ -389,6 +391,21 @@ async def test_not_ready_without_the_volume(tmp_path: Path) -> None:
         readiness = await HealthChecks(api.context, UsageReader(api.context), lambda: True).readiness()
     assert len(readiness.problems) == 1
     assert str(tmp_path / "volume") in readiness.problems[0]
+
+
+async def test_a_full_device_makes_the_node_degraded_and_not_unready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hits are served, and misses are proxied."""
+    monkeypatch.setattr(Volume, "device_space", lambda _: DeviceSpace(free_bytes=4096))
+    async with running_api(tmp_path, FakeAssets()) as api:
+        checks = HealthChecks(api.context, UsageReader(api.context), lambda: True)
+        readiness = await checks.readiness()
+        assert readiness.problems == ()
+        assert "volume: its device is full: 4096 bytes are free" in readiness.degraded
+        assert (await checks.dependencies())["volume"] == "volume: its device is full: 4096 bytes are free"
+        monkeypatch.setattr(Volume, "device_space", lambda _: DeviceSpace(free_bytes=MIN_FREE_BYTES))
+        assert not any("volume" in words for words in (await checks.readiness()).degraded)
 
 
 async def test_readiness_tells_why_the_public_port_is_closed(tmp_path: Path) -> None:

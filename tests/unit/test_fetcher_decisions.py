@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from distributor_node.services.fetcher.admission import AdmissionWait
 from distributor_node.services.fetcher.download import (
@@ -18,6 +20,7 @@ from distributor_node.services.fetcher.download import (
 )
 from distributor_node.services.fetcher.fetcher import Fetcher, outcome_label
 from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume import volume as volume_module
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Nack, Requeue, Retry
 from distributor_node.shared.domain.media_types import detect_media_type
 from distributor_node.shared.ports.state_store import (
@@ -165,3 +168,23 @@ async def test_a_fetch_waits_for_viewers_only_where_they_follow_it(tmp_path: Pat
     )
     made = Fetcher(settings, Mock(), Mock(), Volume(tmp_path), Mock(), Mock())
     assert (made._worker._fetch_runner._limits.window is not None) is follows
+
+
+async def test_a_full_disk_on_which_holes_cannot_be_tried_out_stops_no_fetcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node whose disk is full has to start: it serves what it has, and makes room."""
+
+    def full(_: int) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Volume(tmp_path).prepare()
+    monkeypatch.setattr(volume_module, "has_holes", full)
+    settings = Settings(
+        catalog={"manifest": tmp_path / "unused.yaml"}, storage={"path": tmp_path, "limit": "1G"}
+    )
+    made = Fetcher(settings, Mock(), Mock(), Volume(tmp_path), Mock(), Mock())
+    with capture_logs() as logs:
+        await made._try_holes()
+    assert made._side_streams.most == 0
+    assert "No space left on device" in logs[0]["reason"]
