@@ -46,9 +46,6 @@ MIN_FREE_BYTES = 16 * 1024 * 1024
 
 LOOKUPS_FAIL = "the last look-ups failed"
 
-_DEVICE_FULL = "its device is full"
-_FULL = f"volume: {_DEVICE_FULL}"
-
 logger = structlog.get_logger()
 
 
@@ -65,14 +62,11 @@ class HealthChecks:
 
     async def readiness(self) -> Readiness:
         """Check public port, volume, state store, job queue, catalog and import."""
-        dependencies = await self.dependencies()
-        unfinished_import = await asyncio.to_thread(self._check_import)
-        volume = dependencies.pop("volume")
-        full = (
-            volume if volume is not None and volume.startswith(_FULL) else None
-        )  # hits are served all the same
-        problems = (dependencies.pop("public port"), None if full else volume, unfinished_import)
-        degraded = (full, *dependencies.values(), self._check_workers(), self._check_lookups())
+        (found, full), unfinished_import = await asyncio.gather(
+            self._look(), asyncio.to_thread(self._check_import)
+        )
+        problems = (found.pop("public port"), found.pop("volume"), unfinished_import)
+        degraded = (full, *found.values(), self._check_workers(), self._check_lookups())
         return Readiness(
             problems=tuple(problem for problem in problems if problem),
             degraded=tuple(missing for missing in degraded if missing),
@@ -80,19 +74,26 @@ class HealthChecks:
 
     async def dependencies(self) -> dict[str, str | None]:
         """What is wrong with each thing that the node depends on, in words; None: nothing."""
-        volume, state_store, job_queue, catalog = await asyncio.gather(
+        found, full = await self._look()
+        return {**found, "volume": found["volume"] or full}
+
+    async def _look(self) -> tuple[dict[str, str | None], str | None]:
+        """Likewise, and whether the device is full: hits are served from a full one, and misses are proxied."""
+        volume, device, state_store, job_queue, catalog = await asyncio.gather(
             self._check("volume", self._check_volume),
+            self._check("volume", self._check_device),
             self._check("state store", self._check_state_store),
             self._check("job queue", self._context.queue.ping),
             self._check("catalog", self._check_catalog),
         )
-        return {
+        found = {
             "public port": self.check_port(),
             "volume": volume,
             "state store": state_store,
             "job queue": job_queue,
             "catalog": catalog,
         }
+        return found, None if volume else device
 
     def check_port(self) -> str | None:
         """Return what is wrong with the public port, in words. Asks no one."""
@@ -140,11 +141,12 @@ class HealthChecks:
         """What the node's page shows of this process, beside the checks of the process that serves the page."""
         return {"lookups_fail": self._context.catalog.lookups_fail}
 
-    async def _check_volume(self) -> str | None:
-        volume = self._context.volume
-        await asyncio.to_thread(volume.check)
-        free = (await asyncio.to_thread(volume.device_space)).free_bytes
-        return f"{_DEVICE_FULL}: {free} bytes are free" if free < MIN_FREE_BYTES else None
+    async def _check_volume(self) -> None:
+        await asyncio.to_thread(self._context.volume.check)
+
+    async def _check_device(self) -> str | None:
+        free = (await asyncio.to_thread(self._context.volume.device_space)).free_bytes
+        return f"its device is full: {free} bytes are free" if free < MIN_FREE_BYTES else None
 
     async def _check(self, name: str, check: Callable[[], Awaitable[object]]) -> str | None:
         try:

@@ -124,7 +124,7 @@ class Admission:
         if size > self._rules.largest_size:
             return DeadLetter(f"size: expected at most {self._rules.largest_size} bytes, got {size}")
         if warming and not await self._has_room_to_warm(size):
-            return await self._skip_warming(media_object.object_id)
+            return await self._skip_warming(media_object.object_id, claim)
         return await self._admit(media_object, size, claim, on_refused, warming=warming)
 
     async def _admit(
@@ -173,7 +173,7 @@ class Admission:
                         return Retry("stored file is invalid and in use")
                     continue
                 if warming and isinstance(result, NoSpace):
-                    return await self._skip_warming(object_id)
+                    return await self._skip_warming(object_id, claim)
                 if (outcome := wait.decide(result, requested_at)) is not None:
                     return outcome
                 if isinstance(result, NoSpace) and not space_requested:
@@ -190,11 +190,9 @@ class Admission:
         usage = await self._state.usage()
         return usage.used + usage.reserved + footprint(size) <= limit
 
-    async def _skip_warming(self, object_id: ObjectId) -> JobOutcome:
+    async def _skip_warming(self, object_id: ObjectId, claim: int) -> JobOutcome:
         """Release the claim, too, so that a client's request publishes a job of normal priority."""
-        fetch = (await self._state.find(object_id)).fetch
-        if fetch is not None:
-            await self._state.release_claim(object_id, fetch.worker)
+        await self._state.release_claim(object_id, None, claim)
         return Ack("no_room_to_warm")
 
     def _stored_record(self, object_id: ObjectId) -> StoredRecord | None:
@@ -378,11 +376,9 @@ class JobChecker:
             return False
 
     async def _release_claim(self, job: FetchJob) -> None:
-        """End the claim, so that requests do not wait for a fetch. A live lease is not affected."""
+        """End the job's claim, so that requests do not wait for a fetch. A live lease is not affected."""
         try:
-            fetch = (await self._state.find(job.object_id)).fetch
-            if fetch is not None:
-                await self._state.release_claim(job.object_id, fetch.worker)
+            await self._state.release_claim(job.object_id, None, job.claim)
         except StateStoreUnavailable as error:
             logger.info("claim_not_released", reason=str(error))
 

@@ -415,7 +415,7 @@ class Revalidator:
             try:
                 async with self._slots:
                     detail = await self._revalidate(job)
-                await self._release_claim(job.object_id)
+                await self._release_claim(job)
             except (StateStoreUnavailable, VolumeError) as error:
                 logger.warning("revalidation_failed", reason=str(error))
                 detail = "revalidation_failed"
@@ -492,11 +492,9 @@ class Revalidator:
         )
         return "revalidation_failed"
 
-    async def _release_claim(self, object_id: ObjectId) -> None:
-        fetch = (await self._state.find(object_id)).fetch
-        if fetch is not None and fetch.phase in (FetchPhase.CLAIMED, FetchPhase.QUEUED):
-            await self._state.release_claim(object_id, fetch.worker)
-        await self._state.announce(Announcement(Topic.FETCH_CHANGED, object_id))
+    async def _release_claim(self, job: FetchJob) -> None:
+        await self._state.release_claim(job.object_id, None, job.claim)
+        await self._state.announce(Announcement(Topic.FETCH_CHANGED, job.object_id))
 
 
 class FailureRecorder:

@@ -163,3 +163,15 @@ async def test_a_job_of_an_object_that_is_named_by_a_path_is_compared_too(*, cla
     assert checked.media_object.sources == KNOWN.sources
     unnamed = job(replace(forged.media_object, name="films/another.mp4"), age=3600)
     assert isinstance(await checker.check(unnamed), Retry), "it is not the digest of that path"
+
+
+@pytest.mark.parametrize("newer", [False, True])
+async def test_a_dropped_job_ends_its_own_claim_and_no_newer_one(newer: bool) -> None:
+    """1. A job waits in the queue. 2. Its claim ends, and the object is claimed again. 3. The job is delivered."""
+    harness = await make([None], claimed=False)
+    claim = await harness.state.claim(ID, "api-1")
+    if newer:
+        await harness.state.release_claim(ID, "api-1")
+        assert (await harness.state.claim(ID, "api-1")).won
+    assert await harness.checker.check(replace(job(KNOWN), claim=claim.serial)) == Ack("does_not_exist")
+    assert ((await harness.state.find(ID)).fetch is not None) is newer

@@ -144,7 +144,8 @@ def _read_rest(descriptor: int, view: memoryview, offset: int) -> int:
 
 CHUNK_BYTES = 256 * 1024
 SENDFILE_ADVANTAGE = 4
-"""So many bytes are sent by sendfile in the time that it takes to read and write one: 64 KiB in some 11 µs."""
+"""Bytes by sendfile count so many times less: 256 KiB take 30 to 45 µs, and 80 to 100 to be read and written. The
+Python around a piece costs as much again, and a larger piece has it once."""
 _BUFFERED_CHUNK = 32 * 1024
 """Bytes left to the transport while the socket is full."""
 

@@ -263,7 +263,7 @@ class CacheWarmer:
             try:
                 await self._context.queue.publish(job)
             except JobQueueUnavailable:
-                await state.release_claim(object_id, self._holder)
+                await state.release_claim(object_id, self._holder, claim.serial)
                 raise
             await state.mark_queued(object_id, self._holder, claim.serial)
         elif claim.status.failure is not None:

@@ -78,7 +78,7 @@ class map_http_errors:  # noqa: N801 - used as a function
     events.
 
     TooManyOpenFiles if this process could not even make a socket: the source is not to blame. A class, since a
-    generator takes three times as long to enter and to leave, several times in each request.
+    generator takes four times as long to enter and to leave (1.8 and 0.45 µs), several times in each request.
     """
 
     __slots__ = ()
