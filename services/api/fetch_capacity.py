@@ -193,8 +193,9 @@ _RECONNECT_DELAY = 1.0
 class FetchEvents:
     """One subscription per process. Events may be lost, so waiters must also poll.
 
-    Where the kernel tells of it, a verified file wakes its waiters before the announcement arrives, which takes two
-    processes more. The file is locked for readers by then: it is marked after that.
+    Where the kernel tells of it, a file that has its first bytes or was verified wakes its waiters before the
+    announcement arrives, which takes two processes more. A verified file is locked for readers by then: it is marked
+    after that.
     """
 
     def __init__(

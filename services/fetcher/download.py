@@ -46,7 +46,7 @@ from distributor_node.shared.observability.metrics import (
     source_label,
 )
 from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
-from distributor_node.shared.runtime.threads import BlockingPool, hash_through, wait_uncancellable
+from distributor_node.shared.runtime.threads import BlockingPool, ThreadCall, hash_through, wait_uncancellable
 from distributor_node.shared.waiting import Backoff, wait_event
 
 REHASH_CHUNK = 4 * 1024 * 1024
@@ -295,7 +295,7 @@ class Download:
         limit = self._partial.record.size if side is None else side.limit(offset, begun=False)
         asked_at = time.monotonic()
         early, self._early = self._early, None
-        if early is not None and (offset or side is not None):
+        if early is not None and (offset or limit < self._partial.record.size):
             await early.close()
         if early is not None and early.is_closed:
             early = None
@@ -454,7 +454,8 @@ class PartialWriter:
     ) -> None:
         """Callbacks:
 
-        - `on_first_bytes` is called once, when the first bytes are on disk and more are to come. It must not raise.
+        - `on_first_bytes` is called once, when the first bytes are on disk and more are to come, and followers were
+          woken where the kernel can do that. It must not raise.
         - `on_complete` is called in the thread that wrote the object's last byte, so that clients wait for one thread
           switch instead of two. Its result is stored in `verified`. Not called while the length is unknown.
         - `reserve` is called before bytes are written, with the size that the file will have.
@@ -476,7 +477,9 @@ class PartialWriter:
         self._small_rest = (
             0  # bytes of a small object, which make one batch: nothing is sent before all are there
         )
-        self._offset = 0  # of the first byte that is given to `put`
+        self._began_at = self._offset = (
+            0  # of the first byte that is given to `put`, and of the next one to write
+        )
         self._received = 0
         self._closed = False
         self._writer: asyncio.Task[None] | None = None
@@ -494,41 +497,43 @@ class PartialWriter:
         record = self._partial.record
         if record.size <= _UNBATCHED_BYTES and not record.growing and self._reserve is None:
             self._small_rest = record.size - offset
-        self._offset, failure = offset, None
+        self._began_at = self._offset = offset
         try:
             yield
         finally:
-            if self._writer is not None:
-                failure = await self._end(self._writer)
+            failure = await self._end()
         if failure is not None:
             raise failure
 
-    async def _end(self, writer: asyncio.Task[None]) -> BaseException | None:
+    async def _end(self) -> BaseException | None:
         """Wait until all is written. Returns the writer's error."""
         self._closed = True
         self._has_data.set()
         self._batch_ready.set()
         try:
-            await wait_uncancellable(writer)
+            if self._writer is not None:
+                await wait_uncancellable(self._writer)
         finally:
             for task in (self._notify_task, self._writeback):
                 if task is not None:
                     await wait_uncancellable(task)
-        return writer.exception()
+        return None if self._writer is None else self._writer.exception()
 
     async def put(self, data: bytes | memoryview) -> None:
         """Hand over the next bytes. Waits while HIGH_WATER bytes are unwritten.
 
-        A small object that is there as a whole is written at once, without the writer's task.
+        What clients wait for is written at once, without the writer's task: the first piece of a stream, which is as
+        long as one read of the connection, or a small object that is there as a whole.
         """
         self._pending.append(data)
         self._pending_bytes += len(data)
         self._received += len(data)
         if self._writer is None:
-            if 0 < self._small_rest <= self._pending_bytes:
-                await self._write_batch(self._offset)
+            is_first = self._pending_bytes == self._received
+            if is_first and self._small_rest <= self._pending_bytes:
+                await self._write_batch(self._disk.run_short)
                 return
-            self._writer = asyncio.create_task(self._write_batches(self._offset), name="partial-writer")
+            self._writer = asyncio.create_task(self._write_batches(), name="partial-writer")
             self._writer.add_done_callback(lambda _: self._has_room.set())
         self._has_data.set()
         if self._pending_bytes >= (self._small_rest or batch_size(self._received)):
@@ -539,40 +544,42 @@ class PartialWriter:
         if self._writer.done():
             self._writer.result()
 
-    async def _write_batches(self, offset: int) -> None:
-        first, began_at, handed_over = True, offset, offset
+    async def _write_batches(self) -> None:
+        handed_over = self._began_at
         writeback_after = 0 if self._partial.record.size >= _WRITEBACK_AT_ONCE else _WRITEBACK_AFTER
         while await self._wait_for_batch():
             self._has_data.clear()
             self._batch_ready.clear()
-            offset += await self._write_batch(offset)
+            await self._write_batch(self._disk.run_short if self._small_rest else self._disk.run)
             if (
-                offset - began_at > writeback_after
-                and offset - handed_over >= _WRITEBACK_BYTES
+                self._offset - self._began_at > writeback_after
+                and self._offset - handed_over >= _WRITEBACK_BYTES
                 and (self._writeback is None or self._writeback.done())
             ):
                 # In a thread of its own: where the disk is slow it blocks, and clients wait for the bytes that follow.
-                work = self._disk.run(self._partial.start_writeback, handed_over, offset)
-                self._writeback, handed_over = asyncio.create_task(work, name="writeback"), offset
-            if first and self.verified is None and self._on_first_bytes is not None:
-                # In the background, so that writing goes on. Where all bytes are written, `on_complete` notifies.
-                self._notify_task = asyncio.create_task(self._on_first_bytes(), name="first-bytes")
-            first = False
+                work = self._disk.run(self._partial.start_writeback, handed_over, self._offset)
+                self._writeback, handed_over = asyncio.create_task(work, name="writeback"), self._offset
 
-    async def _write_batch(self, offset: int) -> int:
-        """Write all that was put. Returns its length."""
+    async def _write_batch(self, call: ThreadCall) -> None:
+        """Write all that was put."""
         batch, self._pending = self._pending, []
         length, self._pending_bytes = self._pending_bytes, 0
         self._has_room.set()
         await self._renewer.ensure_valid()
         if self._reserve is not None:
-            await self._reserve(offset + length)
-        write = self._disk.run_short if self._small_rest else self._disk.run
-        await write(self._write, offset, batch, length)
+            await self._reserve(self._offset + length)
+        await call(self._write, self._offset, batch, length)
+        first, self._offset = self._offset, self._offset + length
         WRITTEN_BYTES.inc(length)
         if self.on_written is not None:
-            self.on_written(offset, offset + length)
-        return length
+            self.on_written(first, self._offset)
+        notify, self._on_first_bytes = self._on_first_bytes, None
+        if (
+            notify is not None and self.verified is None
+        ):  # where all bytes are written, `on_complete` has told of them
+            self._partial.wake_followers()
+            # In the background, so that writing goes on
+            self._notify_task = asyncio.create_task(notify(), name="first-bytes")
 
     async def _wait_for_batch(self) -> bool:
         """Return True when a batch is to be written, False after the last one."""

@@ -1,4 +1,4 @@
-"""A source is asked for a small object while its lease is being asked for."""
+"""A source is asked for an object while its lease is being asked for."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from tests.waiting import eventually
 
 DATA = GeneratedContent(7, 64 * 1024).read(0, 64 * 1024)
 LARGE = GeneratedContent(7, MIN_SIZE).read(0, MIN_SIZE)
+HUGE = GeneratedContent(7, 32 * 1024 * 1024).read(0, 32 * 1024 * 1024)
 
 
 class SlowStore(MemoryStateStore):
@@ -144,11 +145,39 @@ async def test_not_without_a_hash_whose_response_may_be_refused(harness: Harness
     assert not await asked_before_its_lease(harness, job)
 
 
-async def test_not_for_an_object_that_may_have_side_streams(tmp_path: Path) -> None:
+async def test_a_large_object_is_asked_for_once_too(tmp_path: Path) -> None:
+    """Its main stream begins at the first byte, whatever side streams read."""
     async with fetcher_harness(tmp_path, [LARGE], state_kind=SlowStore) as harness:
         store_of(harness).may_begin = asyncio.Event()
         harness.disk.keep_short_calls_in_loop()
-        assert not await asked_before_its_lease(harness, harness.job(harness.wanted(LARGE)))
+        assert await asked_before_its_lease(harness, harness.job(harness.wanted(LARGE)))
+        assert harness.stored() == LARGE
+        assert [len(node.requests) for node in harness.nodes] == [1]
+
+
+async def test_of_a_large_object_whose_lease_is_refused_little_is_read(tmp_path: Path) -> None:
+    async with fetcher_harness(tmp_path, [HUGE], state_kind=SlowStore) as harness:
+        store = store_of(harness)
+        store.may_begin = asyncio.Event()
+        harness.disk.keep_short_calls_in_loop()
+        held = await MemoryStateStore.begin(store, OBJECT_ID, len(HUGE), "another")
+        assert isinstance(held, Granted)
+        running = begun(harness, harness.job(harness.wanted(HUGE)))
+        requests = harness.nodes[0].requests
+
+        async def asked() -> bool:
+            return len(requests) == 1
+
+        async def ended() -> bool:
+            return requests[0].finished
+
+        await eventually(asked)
+        await asyncio.sleep(0.3)  # the source sends as much as is taken
+        store.may_begin.set()
+        await eventually(ended)
+        assert requests[0].bytes_sent < len(HUGE) / 2
+        running.cancel()
+        await asyncio.wait({running})
 
 
 @pytest.mark.parametrize("place", ["incoming/7.part", f"objects/{shard('7')}/7"])

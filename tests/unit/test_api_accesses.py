@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from distributor_node.services.api.accesses import MAX_FOLLOWERS, AccessCounter,
 from distributor_node.services.api.fetch_capacity import FetchEvents
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
-from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume import PartialFile, Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import VIEW_WINDOW, Followed, Followers, Viewer
@@ -134,7 +134,10 @@ async def test_waiters_are_woken_by_their_object_alone() -> None:
         await asyncio.wait({listener})
 
 
-async def test_a_verified_file_wakes_its_waiters_without_an_announcement(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [PartialFile.wake_followers, PartialFile.mark_verified])
+async def test_first_bytes_and_a_verified_file_wake_waiters_without_an_announcement(
+    tmp_path: Path, change: Callable[[PartialFile], None]
+) -> None:
     volume = Volume(tmp_path)
     volume.prepare()
     fetch_events = FetchEvents(make_store(), volume=volume)
@@ -151,7 +154,7 @@ async def test_a_verified_file_wakes_its_waiters_without_an_announcement(tmp_pat
             for _ in range(10):
                 await asyncio.sleep(0.001)
             assert not woken.done()  # nothing to look at yet
-            partial.mark_verified()
+            change(partial)
             assert await woken
         assert not other.done()
         other.cancel()

@@ -15,6 +15,7 @@ from distributor_node.services.fetcher.download import PartialWriter
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import PartialFile, Volume
+from distributor_node.shared.domain.errors import VolumeFull
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.ports.state_store import Granted
 from distributor_node.shared.runtime.threads import BlockingPool
@@ -30,6 +31,8 @@ class ObservedFile(PartialFile):
 
     def observe(self) -> None:
         self.writes: list[tuple[int, int]] = []
+        self.writers: set[threading.Thread] = set()
+        self.full = False
         self.handed_over: list[tuple[int, int]] = []
         self.slow_disk = threading.Event()
         self.slow_disk.set()
@@ -41,7 +44,10 @@ class ObservedFile(PartialFile):
         return self.size == self.record.size
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        if self.full:
+            raise VolumeFull("no space left")
         super().write(offset, data)
+        self.writers.add(threading.current_thread())
         self.writes.append((offset, offset + len(data)))
 
     def start_writeback(self, first: int, end: int) -> None:
@@ -103,6 +109,58 @@ async def test_a_small_object_that_comes_as_a_whole_is_on_disk_when_put_returns(
         await writer.put(bytes(64 * KIB))
         assert file.writes == [(0, 64 * KIB)]
         assert not [task for task in asyncio.all_tasks() if task.get_name() == "partial-writer"]
+    file.close()
+
+
+async def test_the_first_piece_is_on_disk_when_put_returns_and_its_followers_are_woken(bench: Bench) -> None:
+    """Before the announcement, which goes through the state store, and without a task of the writer."""
+    file, told = bench.open(2 * MIB), asyncio.Event()
+    watch = bench.volume.watch_partials()
+    assert watch is not None
+
+    async def announce() -> None:
+        told.set()
+
+    writer = PartialWriter(file, None, bench.renewer, bench.disk, announce)
+    async with writer.writing(0):
+        await writer.put(bytes(256 * KIB))
+        assert file.writes == [(0, 256 * KIB)]
+        assert watch.read_partials() == {OBJECT_ID}
+        assert not told.is_set()
+        assert not [task for task in asyncio.all_tasks() if task.get_name() == "partial-writer"]
+        await writer.put(bytes(256 * KIB))
+    assert told.is_set()
+    assert watch.read_partials() == set()
+    assert file.size == 512 * KIB
+    assert not file.is_verified
+    watch.close()
+    file.close()
+
+
+async def test_the_first_piece_needs_no_thread_where_the_disk_is_quick(bench: Bench) -> None:
+    file = bench.open(2 * MIB)
+    bench.disk.keep_short_calls_in_loop()
+    async with (writer := bench.writer(file)).writing(0):
+        await writer.put(bytes(64 * KIB))
+        assert file.writers == {threading.current_thread()}
+        await writer.put(bytes(64 * KIB))
+    assert threading.current_thread() in file.writers
+    assert len(file.writers) == 2
+    file.close()
+
+
+async def test_a_disk_that_refuses_the_first_piece_is_told_by_put(bench: Bench) -> None:
+    file = bench.open(2 * MIB)
+    file.full = True
+    told = asyncio.Event()
+
+    async def announce() -> None:
+        told.set()
+
+    with pytest.raises(VolumeFull):
+        async with (writer := PartialWriter(file, None, bench.renewer, bench.disk, announce)).writing(0):
+            await writer.put(bytes(64 * KIB))
+    assert not told.is_set()
     file.close()
 
 

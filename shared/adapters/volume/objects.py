@@ -343,7 +343,8 @@ class ChangeWatch:
                 return names
 
     def read_partials(self) -> set[str] | None:
-        """The ids of objects whose partial files have been verified, or have become sparse. None: as `read`."""
+        """The ids of objects whose partial files have got their first bytes, have been verified, or have become
+        sparse. None: as `read`."""
         names = self.read()
         if names is None:
             return None

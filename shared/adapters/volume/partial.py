@@ -354,6 +354,14 @@ class PartialFile:
                 offset += written
                 view = view[written:]
 
+    def wake_followers(self) -> None:
+        """Wake the processes of this kernel that wait for bytes: it tells them of a mode that is set, the same one too.
+
+        A hint: nothing is raised.
+        """
+        with suppress(OSError), self._lock:
+            os.fchmod(self._descriptor, stat.S_IMODE(os.fstat(self._descriptor).st_mode))
+
     def start_writeback(self, first: int, end: int) -> None:
         """Have the kernel write bytes `first` to `end` (exclusive) to the disk, without waiting for it.
 
