@@ -119,8 +119,8 @@ reference: setup ## write docs/configuration.md, docs/settings.schema.json, both
 	@mv deploy/kubernetes/monitoring/rules.yaml.new deploy/kubernetes/monitoring/rules.yaml
 
 .PHONY: test
-test: setup servers ## all tests but those of Docker and chaos, against real Redis and RabbitMQ
-	$(call tests,-m "not docker and not chaos and not alone" $(ARGS),$(SIDE_BY_SIDE))
+test: setup servers ## all tests but those of Docker, chaos and browsers, against real Redis and RabbitMQ
+	$(call tests,-m "not docker and not chaos and not alone" --ignore tests/browser $(ARGS),$(SIDE_BY_SIDE))
 	$(call tests,-m "alone and not docker and not chaos" $(or $(ARGS),$(ALONE)))
 
 .PHONY: test-unit

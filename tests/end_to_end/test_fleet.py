@@ -62,9 +62,9 @@ def zipf(ids: Sequence[str], number: int) -> list[str]:
 async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_space(
     fleet: Fleet, tmp_path: Path
 ) -> None:
-    objects = [generated_object(str(number), 60 * KIB + number % 7 * 40 * KIB) for number in range(1500)]
+    objects = [generated_object(str(number), 60 * KIB + number % 7 * 40 * KIB) for number in range(500)]
     fleet.publish(objects)
-    ids, limit = zipf([item.object_id for item in objects], 10_000), 120 * MIB
+    ids, limit = zipf([item.object_id for item in objects], 3_300), 40 * MIB
     await fleet.up(3, limit // 3, most=1.01)
     await browse(fleet, 3, ids)
     together = fleet.far_bytes()
