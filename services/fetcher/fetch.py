@@ -106,12 +106,9 @@ class FetchRunner:
         in vain: not for a job that was tried before, and not after refusals. And only where looking at the volume needs
         no thread. `first_choice`: the source to begin with.
         """
-        wanted, window = job.media_object, self._limits.window
+        wanted = job.media_object
         if not (
             (wanted.size or 0) > 0
-            and (
-                window is None or (wanted.size or 0) <= window.above
-            )  # what is read of others depends on viewers
             and wanted.content_hash is not None
             and job.attempt == 1
             and not job.low_priority

@@ -1,9 +1,8 @@
 """Processes of the command line that are forked from one which has imported the libraries, and so start sooner.
 
-The end-to-end tests start several hundred processes, and half of the CPU time that each needs to be ready is that of
-the same imports. Before the fork only libraries, the settings, the domain and the ports are imported, which hold
-nothing that belongs to one process. The services are imported after it, with the environment that the process was
-given: what a service decides before its imports, such as where its metrics are kept, it decides here too.
+The end-to-end tests start more than a thousand processes, and most of the CPU time that each needs to be ready is that
+of the same imports. Nothing of ours is opened or decided at import, with one exception: where prometheus-client keeps
+its metrics. So this is for services of one process, and an API with several workers is executed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import pkgutil
 import random
 import signal
 import subprocess
@@ -22,26 +20,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distributor_node.shared import domain, ports
-
 _PRELOADED = [
-    "aio_pika",
-    "anyio",
-    "httpcore",
-    "httpx",
-    "jwt",
-    "redis.asyncio",
-    "sanic",
-    "structlog",
-    "uvloop",
-    "websockets",
+    "anyio._backends._asyncio",
+    "distributor_node.services.api.service",
+    "distributor_node.services.api.worker",
     "distributor_node.services.command_line.main",
-    "distributor_node.shared.settings",
-    *(
-        f"{package.__name__}.{module.name}"
-        for package in (domain, ports)
-        for module in pkgutil.iter_modules(package.__path__)
-    ),
+    "distributor_node.services.evictor.main",
+    "distributor_node.services.fetcher.main",
+    "distributor_node.services.standalone.main",
+    "distributor_node.shared.adapters.catalogs.joystream",
+    "distributor_node.shared.adapters.catalogs.manifest",
+    "distributor_node.shared.adapters.catalogs.origin",
 ]
 
 _POLL_INTERVAL = 0.02  # seconds

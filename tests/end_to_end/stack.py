@@ -48,7 +48,8 @@ class ServiceProcess:
 
     def start(self) -> None:
         environment = {**os.environ, **self.environment}
-        if self.release is None and not self.executed:
+        several = environment.get("DISTRIBUTOR_PUBLIC_API__WORKERS", "1") != "1"
+        if self.release is None and not self.executed and not several:
             self.process = PreloadedProcess(self.arguments, environment, self.log)
             return
         if self.release is not None:

@@ -18,7 +18,6 @@ from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import Worker
 from distributor_node.services.fetcher.side_streams import MIN_SIZE
-from distributor_node.services.fetcher.window import WindowLimits
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.adapters.volume.layout import shard
@@ -41,8 +40,9 @@ from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harnes
 from tests.waiting import eventually
 
 DATA = GeneratedContent(7, 64 * 1024).read(0, 64 * 1024)
+MIB = 1024 * 1024
 LARGE = GeneratedContent(7, MIN_SIZE).read(0, MIN_SIZE)
-HUGE = GeneratedContent(7, 32 * 1024 * 1024).read(0, 32 * 1024 * 1024)
+HUGE = GeneratedContent(7, 32 * MIB).read(0, 32 * MIB)
 
 
 class SlowStore(MemoryStateStore):
@@ -249,20 +249,6 @@ async def test_after_a_refusal_that_others_will_get_no_source_is_asked_early_for
         return await asks(runner, job)
 
     await eventually(asks_again)
-
-
-async def test_not_where_a_window_asks_for_parts(harness: Harness) -> None:
-    for above, asked in ((len(DATA) - 1, False), (len(DATA), True)):
-        window = WindowLimits(window=64 * 1024, above=above, near=0, viewer_timeout=30)
-        runner = FetchRunner(
-            harness.state,
-            harness.volume,
-            harness.failover_reader,
-            harness.disk,
-            harness.times,
-            FetchLimits(window=window),
-        )
-        assert await asks(runner, harness.job(harness.wanted(DATA))) is asked
 
 
 async def asks(runner: FetchRunner, job: FetchJob) -> bool:

@@ -120,7 +120,11 @@ async def until_still(harness: Harness) -> int:
     return before
 
 
-async def test_it_follows_its_viewer_on_one_connection(harness: Harness) -> None:
+@pytest.mark.parametrize("asked_early", [False, True])
+async def test_it_follows_its_viewer_on_one_connection(harness: Harness, asked_early: bool) -> None:
+    """Also where the connection is older than the lease."""
+    if asked_early:
+        harness.disk.keep_short_calls_in_loop()
     await claim(harness)
     with viewers(harness, 0) as viewer:
         fetching = start(harness)
