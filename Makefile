@@ -15,8 +15,8 @@ COMPILED_TESTS := tests/unit/test_compiled.py tests/unit/test_request_parser.py 
 	tests/integration/test_fast_path_equivalence.py tests/integration/test_changed_files.py tests/integration/test_fuzz.py
 SOURCES := services shared tests deploy $(wildcard benchmarks)
 PYTEST := $(BIN)/python -m pytest
-# One process more than CPUs, since most tests wait for something.
-SIDE_BY_SIDE ?= --numprocesses $(shell echo $$(($$(nproc) + 1))) --dist worksteal
+# Two processes more than CPUs, since most tests wait for something.
+SIDE_BY_SIDE ?= --numprocesses $(shell echo $$(($$(nproc) + 2))) --dist worksteal
 # $(call tests,which,options of the first run): a test that failed beside others, or on a busy machine, must pass by
 # itself. Exit code 5: ARGS names no test of this part.
 define tests
