@@ -169,8 +169,9 @@ async def serve_api(
     that shares the public port with others and whose supervisor answers for all.
     `listener`: the public port, if systemd has opened it.
 
-    `on_listening` is called with the port, unless an operator has stopped the public API. `parts`: what other services
-    in this process report for the node's page. Raises ConfigurationError if a port is unavailable.
+    `on_listening` is called with the port, once the operator port is open too, unless an operator has stopped the API.
+    `parts`: what other services in this process report for the node's page.
+    Raises ConfigurationError if a port is unavailable.
     """
     settings = context.settings
     assets = AssetHandler(context)
@@ -211,13 +212,14 @@ async def serve_api(
     try:
         await resources.enter_async_context(probe_server)
         await controller.start()
-        if on_listening is not None and server.is_open:
-            on_listening(server.port)
-        notify(READY)
         async with (
             operator_api(context, process_name(), shared_port=shared_port),
             asyncio.TaskGroup() as group,
         ):
+            # Not before the operator port is open: if it is in use, the process ends instead.
+            if on_listening is not None and server.is_open:
+                on_listening(server.port)
+            notify(READY)
             controller_task = group.create_task(controller.run(stop_requested), name="operator-state")
             tasks = [
                 group.create_task(context.operator_state.run(), name="watch-operator-state"),

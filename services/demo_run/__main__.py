@@ -7,7 +7,7 @@ import fcntl
 import socket
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,7 +31,17 @@ from distributor_node.shared.settings import Settings, load_settings
 from distributor_node.shared.settings.model import METRICS_PORTS
 
 HOST = "127.0.0.1"
-FIRST_PUBLIC_PORT, FIRST_DASHBOARD_PORT, FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3334, 3336, 3390, 4352
+FIRST_PUBLIC_PORT, FIRST_OPERATOR_PORT, FIRST_DASHBOARD_PORT = 3334, 3335, 3336
+FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3390, 4352
+PORT_GROUPS = {
+    "public_api": FIRST_PUBLIC_PORT,
+    "operator_api": FIRST_OPERATOR_PORT,
+    "dashboard": FIRST_DASHBOARD_PORT,
+    "metrics": METRICS_PORTS["standalone"],
+}
+"""The groups of the settings that have a port, with the first one to try."""
+DEFAULT_PORTS = frozenset({*PORT_GROUPS.values(), 3337, *METRICS_PORTS.values()})
+"""Of a node and its services; 3337 is the port for peers. A second demo leaves them to a real node on this machine."""
 WORKER = 7
 FILM = "10-minute.mp4"
 FILLERS = 6
@@ -50,13 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     squid_port = 0
     try:
         lock = locked(folder)
-        source_port = free_port_from(options.storage_node_port)
-        mirror_port = free_port_from(source_port + 1)
+        ports = choose_ports(options)
+        source_port, mirror_port = ports["source"], ports["mirror"]
         film = make_film(folder / "film")
         fillers = filling_objects()
         objects = [*demo_objects(DEMO_DIRECTORY / "media"), film, *fillers]
         if options.catalog == "joystream":
-            squid_port = free_port_from(FIRST_SQUID_PORT)
+            squid_port = ports["squid"]
             squid = f"http://{HOST}:{squid_port}"
             catalog = {
                 "kind": "joystream",
@@ -69,14 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             bases = (f"http://{HOST}:{port}/api/v1/files/" for port in (source_port, mirror_port))
             write_manifest(manifest, objects, *bases)
             catalog = {"kind": "manifest", "manifest": str(manifest)}
-        port = free_port_from(options.port)
-        settings = demo_settings(
-            folder,
-            catalog,
-            port,
-            free_port_from(METRICS_PORTS["standalone"]),
-            free_port_from(FIRST_DASHBOARD_PORT, {port, source_port, mirror_port}),
-        )
+        settings = demo_settings(folder, catalog, ports)
     except ConfigurationError as error:
         print(f"The demo cannot start:\n{error}", file=sys.stderr)
         return MISCONFIGURED
@@ -99,7 +102,6 @@ def main(arguments: list[str] | None = None) -> int:
         story.set_paces()
         if squid_port:
             await run_squid(scope.resources, objects, [source.url, mirror.url], squid_port)
-        metrics_port = settings.metrics.port_of("standalone")
 
         def started(node: RunningNode) -> None:
             story.node = node
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
                 scope,
                 settings,
                 lambda port: print(
-                    greeting(port, metrics_port, source_port, dashboard_url(settings), objects, folder),
+                    greeting(port, source_port, settings, objects, folder),
                     flush=True,
                 ),
                 started,
@@ -188,17 +190,13 @@ async def run_squid(
     print(f"Demo squid (PUT /faults injects faults): {squid.url}")
 
 
-def demo_settings(
-    folder: Path, catalog: dict[str, Any], port: int, metrics_port: int, dashboard_port: int
-) -> Settings:
+def demo_settings(folder: Path, catalog: dict[str, Any], ports: Mapping[str, int]) -> Settings:
     """Write the demo's settings to a file, and load it. The environment overrides them."""
     fields = {
         "id": "demo",
         "environment": "demo",
         "buckets": ["0:1"],
-        "public_api": {"host": HOST, "port": port},
-        "metrics": {"host": HOST, "port": metrics_port},
-        "dashboard": {"host": HOST, "port": dashboard_port},
+        **{group: {"host": HOST, "port": ports[group]} for group in PORT_GROUPS},
         "catalog": catalog,
         "storage": {"path": str(folder / "volume"), "limit": STORAGE_LIMIT, "low_watermark": LOW_WATERMARK},
         # So that the first viewer of each scene has the film fetched, and not proxied.
@@ -220,10 +218,27 @@ def port_number(text: str) -> int:
     return int(text)
 
 
-def free_port_from(first: int, chosen: Collection[int] = ()) -> int:
-    """Return the first free port from `first` on that is not `chosen` for something else."""
+def choose_ports(options: argparse.Namespace) -> dict[str, int]:
+    """Return the ports of the demo by what they are for. Raises ConfigurationError if there are none."""
+    wanted = {
+        "source": options.storage_node_port,
+        "mirror": options.storage_node_port + 1,
+        "squid": FIRST_SQUID_PORT,
+        **PORT_GROUPS,
+        "public_api": options.port,
+    }
+    ports: dict[str, int] = {}
+    for name, first in wanted.items():
+        ports[name] = free_port_from(first, ports.values())
+    return ports
+
+
+def free_port_from(first: int, chosen: Iterable[int] = ()) -> int:
+    """Return the first free port from `first` on that is not `chosen` for something else, and is the default of nothing
+    else."""
+    taken = set(chosen)
     for port in range(first, min(first + _MAX_PORTS_TRIED, 65536)):
-        if port in chosen:
+        if port in taken or (port != first and port in DEFAULT_PORTS):
             continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -235,14 +250,18 @@ def free_port_from(first: int, chosen: Collection[int] = ()) -> int:
     raise ConfigurationError(f"no free port from {first} to {first + _MAX_PORTS_TRIED - 1}")
 
 
-def greeting(
-    port: int, metrics_port: int, source_port: int, dashboard: str, objects: list[DemoObject], folder: Path
-) -> str:
-    """Return the text printed at the start: URLs and commands to try."""
+def greeting(port: int, source_port: int, settings: Settings, objects: list[DemoObject], folder: Path) -> str:
+    """Return the text printed at the start: URLs and commands to try. `port`: the public one."""
     file = folder / SETTINGS_FILE
     if file.is_relative_to(Path.cwd()):
         file = file.relative_to(Path.cwd())
-    node = f"http://{HOST}:{port}"
+    node, dashboard = f"http://{HOST}:{port}", dashboard_url(settings)
+    metrics = f"http://{HOST}:{settings.metrics.port_of('standalone')}/metrics"
+    operator, command = "(turned off)", f".venv/bin/distributor operator --config {file} orders"
+    if settings.operator_api.secret is None:
+        how = f"set DISTRIBUTOR_OPERATOR_API__SECRET (32 bytes or more) for `make run` and for {command}"
+    else:
+        operator, how = f"http://{HOST}:{settings.operator_api.port}", f"{command}, with the same secret"
     ours = [item for item in objects if item.held and item.bucket == "0:1"]
     assets = "\n".join(
         f"  {node}/api/v1/assets/{item.object_id:<5} {item.media_type:<26} {item.size:>13,} bytes  {item.name}"
@@ -256,7 +275,8 @@ The node is up: {node}   (Ctrl-C stops it)
   {"http://" + HOST + ":" + str(source_port) + "/":<45} demo page: 20 viewers, one download, faults
   {dashboard or "(turned off)":<45} the node's own page
   {node + "/api/v1/status":<45} status of the node
-  {f"http://{HOST}:{metrics_port}/metrics":<45} metrics for Prometheus
+  {metrics:<45} metrics for Prometheus
+  {operator:<45} operator API: {how}
 
 Objects (the first request is a miss, the next one a hit):
 {assets}

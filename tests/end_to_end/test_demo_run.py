@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,17 +19,20 @@ from urllib.request import Request, urlopen
 import pytest
 
 from distributor_node.services.demo.objects import MIB
-from distributor_node.services.demo_run.__main__ import free_port_from, port_number
+from distributor_node.services.demo_run.__main__ import DEFAULT_PORTS, HOST, free_port_from, port_number
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.runtime.run_service import MISCONFIGURED
+from tests.end_to_end.operator_client import OperatorClient
+from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
 
 
 @contextmanager
-def running_demo(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+def running_demo(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
     """The demo's process, and what it has printed, up to the first command to try."""
     demo = subprocess.Popen(
         [sys.executable, "-m", "distributor_node.services.demo_run", *arguments],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -92,6 +97,47 @@ def test_a_demo_node_answers_as_it_says(tmp_path: Path, catalog: str) -> None:
         assert any("Demo squid" in line for line in said) == (catalog == "joystream")
         demo.send_signal(signal.SIGINT)
         assert demo.wait(30) == 0
+
+
+def operator_line(said: list[str]) -> str:
+    (line,) = [line.strip() for line in said if "operator API:" in line]
+    return line
+
+
+async def test_a_second_demo_has_an_operator_port_of_its_own(tmp_path: Path) -> None:
+    secret = {"DISTRIBUTOR_OPERATOR_API__SECRET": SECRET}
+    first, second = tmp_path / "1", tmp_path / "2"
+    with running_demo("--port", str(free_port()), "--data", str(first), **secret) as (_, said):
+        ports = [int(operator_line(said).split()[0].rpartition(":")[2])]
+        with running_demo("--port", str(free_port()), "--data", str(second), **secret) as (_, said_next):
+            ports.append(int(operator_line(said_next).split()[0].rpartition(":")[2]))
+            assert "distributor operator --config" in operator_line(said_next)
+            for port in ports:
+                assert not (await OperatorClient(port).query("orders"))["draining"]
+    assert ports[1] not in {ports[0], *DEFAULT_PORTS}
+
+
+def test_the_demo_says_how_to_turn_on_its_operator_api(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DISTRIBUTOR_OPERATOR_API__SECRET", raising=False)
+    with running_demo("--port", str(free_port()), "--data", str(tmp_path)) as (_, said):
+        assert operator_line(said).startswith("(turned off)")
+        assert "set DISTRIBUTOR_OPERATOR_API__SECRET" in operator_line(said)
+
+
+def test_no_urls_are_printed_while_the_operator_port_is_in_use(tmp_path: Path) -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        port = str(taken.getsockname()[1])
+        settings = {"DISTRIBUTOR_OPERATOR_API__SECRET": SECRET, "DISTRIBUTOR_OPERATOR_API__PORT": port}
+        with running_demo("--port", str(free_port()), "--data", str(tmp_path), **settings) as (demo, said):
+            assert demo.wait(30) == MISCONFIGURED
+    assert not [line for line in said if "The node is up" in line]
+
+
+def test_other_services_keep_their_default_ports() -> None:
+    for port in DEFAULT_PORTS:
+        assert free_port_from(port, {port}) not in DEFAULT_PORTS
 
 
 @pytest.mark.parametrize("text", ["0", "65536", "abc", "-1"])
