@@ -111,7 +111,7 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(operated: tuple[Harn
     assert {entry["size"] for entry in entries} == {MIB}
     explained = await ordered(operator, "explain", "3")
     assert (explained["id"], explained["state"], explained["size"]) == ("3", "stored", MIB)
-    assert (await ordered(operator, "explain", "nowhere"))["state"] == "absent"
+    assert (await ordered(operator, "explain", "nowhere"))["state"] == "unknown"
     refused = await command(operator, "explain", "../3")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith(

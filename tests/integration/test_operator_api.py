@@ -368,7 +368,7 @@ async def test_one_object_is_explained_to_the_operator_alone(tmp_path: Path) -> 
     async with operated(tmp_path) as (api, operator):
         await api.context.state.change_pins(pin=[ObjectId("7")])
         explained = await operator.query("cache/7")
-        assert (explained["id"], explained["state"], explained["pinned"]) == ("7", "absent", True)
+        assert (explained["id"], explained["state"], explained["pinned"]) == ("7", "not_uploaded", True)
         assert explained["words"] == [
             "It is not here, and is not being fetched.",
             "An operator has pinned it, so it is never evicted to make room.",
@@ -376,9 +376,12 @@ async def test_one_object_is_explained_to_the_operator_alone(tmp_path: Path) -> 
         ]
         nowhere = await operator.query("cache/nowhere")
         assert (nowhere["state"], nowhere["words"][-1]) == (
-            "absent",
+            "unknown",
             "The catalog says that it does not exist.",
         )
+        await api.context.state.change_pins(pin=[ObjectId("nowhere")])
+        pins = (await operator.query("pins"))["pins"]
+        assert [(one["id"], one["state"]) for one in pins] == [("7", "not_uploaded"), ("nowhere", "unknown")]
         assert (await operator.query("cache/a/b%20c"))["id"] == ObjectId.parse_path("a/b%20c")
         assert (await operator.ask("GET", "cache/7", token="x")).status == 401
         for malformed in ("", "..", "a%00b", "a%2Fb", "x" * 1025):
@@ -451,8 +454,9 @@ async def test_a_catalog_that_does_not_reply_is_explained(
             await never.wait()
 
         monkeypatch.setattr(api.context.catalog, "look_up", look_up)
-        words = (await operator.query("cache/8"))["words"]
-        assert words[-1] == "The catalog cannot be asked at the moment: no reply within 0.1 s."
+        told = await operator.query("cache/8")
+        assert told["words"][-1] == "The catalog cannot be asked at the moment: no reply within 0.1 s."
+        assert told["state"] == "unchecked"
 
 
 async def test_listings_name_the_path_that_an_id_is_the_digest_of(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from distributor_node.services.api.operator.explain import ObjectExplainer, in_w
 from distributor_node.shared.domain.eviction import POLICY_NAMES
 from distributor_node.shared.domain.eviction.gdsf import Gdsf
 from distributor_node.shared.domain.eviction.policy import FIRST_COST_FACTOR, NO_BASIS, PriorityBasis
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import Assignment, ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Access, IndexEntry, PolicyState
 from distributor_node.shared.settings.model import DashboardSettings
@@ -197,7 +197,9 @@ class NumbersOnly:
 async def test_the_page_calls_an_id_malformed_that_the_catalog_cannot_have(harness: EvictorHarness) -> None:
     await reconciled(harness)
     await harness.store("kept")
-    context = cast("Any", SimpleNamespace(catalog=NumbersOnly()))
+    assigned = SimpleNamespace(current=Assignment())
+    parts = {"catalog": NumbersOnly(), "settings": harness.settings(), "assignment": assigned}
+    context = cast("Any", SimpleNamespace(**parts))
     feed = Feed(context, cast("Any", None), cast("Any", None), explainer_of(harness))
     server = DashboardServer(DashboardSettings(port=0), feed, harness.state, lambda: None)
     async with background(server.run(), name="dashboard"):
@@ -209,4 +211,5 @@ async def test_the_page_calls_an_id_malformed_that_the_catalog_cannot_have(harne
         "message": "malformed object id: this node's catalog has no such ids, got 'abc'"
     }
     assert answers["7"].json()["words"][-1] == "The catalog says that it does not exist."
+    assert answers["7"].json()["state"] == "unknown"
     assert answers["kept"].json()["state"] == "stored", "what is here is explained, whatever its id"

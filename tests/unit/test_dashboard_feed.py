@@ -176,7 +176,17 @@ class TestInWords:
             bytesBefore=0,
             sending=True,
         )
-        assert in_words(nearly, None, None)[-1] == "It would be the next to be evicted."
+        otherwise = "Otherwise it would be the next to be evicted."
+        assert in_words(nearly, None, None)[1:] == ["It is being sent, so it is not evicted now.", otherwise]
+        read = nearly | {"sending": False}
+        recent = "It was read less than 2 min ago (evictor.min_idle), so it is not evicted now."
+        assert in_words(read, None, None, min_idle=120)[1:] == [recent, otherwise]
+        idle = read | {"lastAccess": time.time() - 121}
+        assert in_words(idle, None, None, min_idle=120)[1:] == ["It would be the next to be evicted."]
+
+    def test_what_is_being_removed_is_not_said_to_stay(self) -> None:
+        [sentence] = in_words(explained(state="leaving", sending=True), None, None)
+        assert sentence.startswith("It is being removed")
 
     @pytest.mark.parametrize("reason", list(EvictionReason))
     def test_each_reason_of_an_eviction_has_words(self, reason: EvictionReason) -> None:

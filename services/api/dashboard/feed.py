@@ -19,8 +19,8 @@ from distributor_node.services.api.dashboard.history import STEP, CounterSum, Hi
 from distributor_node.services.api.health import LOOKUPS_FAIL, HealthChecks
 from distributor_node.services.api.operator.explain import (
     ObjectExplainer,
-    explanation_in_words,
     removal_reason,
+    with_words,
 )
 from distributor_node.services.api.status import UsageReader
 from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable, VolumeError
@@ -459,9 +459,8 @@ class Feed:
         if explained["state"] == "absent" and not self._context.catalog.can_have(object_id):
             raise InvalidInput(f"malformed object id: this node's catalog has no such ids, got {object_id!r}")
         known = self._removed.get(object_id)
-        words = await explanation_in_words(self._context, explained, known)
         removed = None if known is None else known.model_dump(exclude_none=True)
-        return {"words": words, "removed": removed, **explained}
+        return {"removed": removed, **await with_words(self._context, explained, known)}
 
 
 class ProblemTimes:

@@ -26,8 +26,8 @@ from distributor_node.services.api.operator.auth import (
 from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries, warming_as_json
 from distributor_node.services.api.operator.explain import (
     ObjectExplainer,
-    explanation_in_words,
     last_removal,
+    with_words,
 )
 from distributor_node.services.api.operator.warming import CacheWarmer
 from distributor_node.services.api.request_log import request_record
@@ -241,7 +241,7 @@ def explain_with(context: ApiContext) -> Callable[[ObjectId], Awaitable[dict[str
         explained = await explainer.explain(object_id)
         if removed is not None and explained["path"] is None:
             explained["path"] = removed.path
-        return {"words": await explanation_in_words(context, explained, removed), **explained}
+        return await with_words(context, explained, removed)
 
     return explain
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.operator.commands import fetch_as_json
+from distributor_node.services.api.operator.commands import ObjectState, fetch_as_json, state_in_catalog
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, VolumeError
 from distributor_node.shared.domain.eviction import Gdsf, PolicyEntry
@@ -130,14 +130,20 @@ class ObjectExplainer:
             return OnVolume(readable=False)
 
 
-async def explanation_in_words(
+async def with_words(
     context: ApiContext, explained: Mapping[str, Any], removed: RemovedObject | None
-) -> list[str]:
-    """Return the answer as sentences. The catalog is asked about what is not here, for a bounded time."""
-    catalog = None
-    if explained["state"] in ("absent", "failed"):
-        catalog = await _catalog_says(context, explained["id"], explained["failure"])
-    return in_words(explained, None if removed is None else removed.model_dump(exclude_none=True), catalog)
+) -> dict[str, Any]:
+    """Return the answer with its sentences. The catalog is asked about what is not here, for a bounded time.
+
+    What the catalog says is the state of an object that is just not here, in the words of `pins` and the others.
+    """
+    state, catalog = explained["state"], None
+    if state in ("absent", "failed"):
+        found, catalog = await _catalog_says(context, explained["id"], explained["failure"])
+        state = found.value if state == "absent" else state
+    told = None if removed is None else removed.model_dump(exclude_none=True)
+    words = in_words(explained, told, catalog, context.settings.evictor.min_idle)
+    return {"words": words, **explained, "state": state}
 
 
 async def last_removal(store: ReportStore, object_id: ObjectId) -> RemovedObject | None:
@@ -146,54 +152,73 @@ async def last_removal(store: ReportStore, object_id: ObjectId) -> RemovedObject
     return max((one for one in removals if one.id == object_id), key=lambda one: one.at, default=None)
 
 
-async def _catalog_says(context: ApiContext, object_id: ObjectId, failure: Mapping[str, Any] | None) -> str:
+async def _catalog_says(
+    context: ApiContext, object_id: ObjectId, failure: Mapping[str, Any] | None
+) -> tuple[ObjectState, str]:
     if not context.catalog.can_have(object_id):
-        return "The catalog cannot have an object with such an id."
+        return ObjectState.UNKNOWN, "The catalog cannot have an object with such an id."
+    unchecked = "The catalog cannot be asked at the moment"
     try:
         async with asyncio.timeout(CATALOG_TIMEOUT):
             found = await context.catalog.look_up(object_id)
     except TimeoutError:
-        return f"The catalog cannot be asked at the moment: no reply within {CATALOG_TIMEOUT:g} s."
+        return ObjectState.UNCHECKED, f"{unchecked}: no reply within {CATALOG_TIMEOUT:g} s."
     except CatalogUnavailable as error:
-        return f"The catalog cannot be asked at the moment: {error}."
-    if found is None:
-        return "The catalog says that it does not exist."
-    if not context.assignment.current.covers(found):
-        return "The catalog says that it exists, in buckets that are not assigned to this node."
-    if not found.accepted:
-        return "The catalog says that it has not been uploaded yet."
+        return ObjectState.UNCHECKED, f"{unchecked}: {error}."
+    state = state_in_catalog(found, context.assignment.current)
+    if found is None or state is not ObjectState.ABSENT:
+        return state, _NOT_SERVED[state]
     if found.size is not None and found.size > context.settings.storage.largest_cached_size:
-        return "It is larger than the largest object that this node caches, so it is always proxied."
+        return state, "It is larger than the largest object that this node caches, so it is always proxied."
     if found.not_stored is not None:
-        return f"Its origin forbids to store it ({found.not_stored}), so it is always proxied."
+        return state, f"Its origin forbids to store it ({found.not_stored}), so it is always proxied."
     sources = f"The catalog knows it, at {plural(len(found.sources), 'source')}"
     if failure is None:
-        return f"{sources}: the first request fetches it."
+        return state, f"{sources}: the first request fetches it."
     until = _time_of_day(time.time() + failure["secondsLeft"])
-    return (
+    return state, (
         f"{sources}. The failure is remembered until {until}, and until then requests are proxied. The first request"
         " after that fetches it, or the first one after the source has delivered it to a client."
     )
 
 
+_NOT_SERVED = {
+    ObjectState.UNKNOWN: "The catalog says that it does not exist.",
+    ObjectState.UNASSIGNED: "The catalog says that it exists, in buckets that are not assigned to this node.",
+    ObjectState.NOT_UPLOADED: "The catalog says that it has not been uploaded yet.",
+}
+
+
 def in_words(
-    explained: Mapping[str, Any], removed: Mapping[str, Any] | None, catalog: str | None
+    explained: Mapping[str, Any],
+    removed: Mapping[str, Any] | None,
+    catalog: str | None,
+    min_idle: float = 0.0,
 ) -> list[str]:
     """Return the answer as sentences: whether the object is here and why, or why it is not.
 
     `removed`: what the evictor has told of its last removal, if it is known. `catalog`: what the catalog says of an
-    object that is not here, in words; None: it was not asked.
+    object that is not here, in words; None: it was not asked. `min_idle`: seconds after its last access in which an
+    object is not evicted.
     """
     sentences = [_state_in_words(explained)]
-    if explained["sending"]:
+    before = explained["objectsBefore"]
+    # A removal that has begun waits for the last readers, and is not held off by them.
+    sending = explained["sending"] and explained["state"] != "leaving"
+    recent = before is not None and time.time() - (explained["lastAccess"] or 0.0) < min_idle
+    if sending:
         sentences.append("It is being sent, so it is not evicted now.")
+    elif recent:
+        last = _duration(min_idle)
+        sentences.append(f"It was read less than {last} ago (evictor.min_idle), so it is not evicted now.")
     if explained["pinned"]:
         sentences.append("An operator has pinned it, so it is never evicted to make room.")
-    before = explained["objectsBefore"]
-    if before is not None:
+    if before:
         size = _bytes(explained["bytesBefore"])
-        others = f"{plural(before, 'object')} ({size}) would be evicted before it."
-        sentences.append(others if before else "It would be the next to be evicted.")
+        sentences.append(f"{plural(before, 'object')} ({size}) would be evicted before it.")
+    elif before is not None:
+        otherwise = "Otherwise it" if sending or recent else "It"
+        sentences.append(f"{otherwise} would be the next to be evicted.")
     if explained["failure"] is not None:
         left = _duration(explained["failure"]["secondsLeft"])
         sentences.append(

@@ -381,10 +381,14 @@ SCHEMAS: dict[str, Any] = {
                 "parked",
                 "failed",
                 "absent",
+                "unknown",
+                "not_uploaded",
+                "unassigned",
+                "unchecked",
             ],
             "description": "`leaving`: its removal has begun. `missing`: in the index, but its file is gone. "
             "`unindexed`: its file is there, but not in the index yet. `claimed` to `parked`: the phase of its "
-            "fetch. `failed`: its last fetch failed a short time ago. `absent`: none of these.",
+            "fetch. `failed`: its last fetch failed a short time ago. The others: not here, as in the answer to `pin`.",
         },
         size=_or_null(count("Bytes.")),
         hash=_or_null(
