@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 import typer
 
 from distributor_node.services.command_line.top import check_url
-from distributor_node.shared.domain.errors import in_words
+from distributor_node.shared.domain.errors import ConfigurationError, in_words
 
 if TYPE_CHECKING:
     from distributor_node.shared.settings.peers import PeerSettings
@@ -38,9 +38,18 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+
+def check_ids(ids: list[str] | None) -> list[str] | None:
+    """Return the ids. Raises ConfigurationError for an empty one, such as a variable that is not set."""
+    if ids is not None and "" in ids:
+        raise ConfigurationError(f'ids[{ids.index("")}]: expected an object id, got ""')
+    return ids
+
+
 Ids = Annotated[
     list[str] | None,
     typer.Argument(
+        callback=check_ids,
         metavar="ID…",
         help="Object ids, not percent-encoded: 'films/my film.mp4'. `-` reads them from standard input.",
     ),
@@ -251,7 +260,10 @@ def warm(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the progress until the end.")] = True,
     fleet: Fleet = False,
 ) -> None:
-    """Fetch objects before they are requested, while there is space. Ctrl-C ends only the progress display."""
+    """Fetch objects before they are requested, while there is space. Ctrl-C ends only the progress display.
+
+    With --wait the exit code is 1 if a fetch failed, or if an object that was named is not here afterwards.
+    """
     scopes: list[dict[str, Any]] = []
     if [bool(ids), bucket is not None, all_objects].count(True) != 1:
         raise typer.BadParameter("expected object ids, or --bucket, or --all")
@@ -273,7 +285,8 @@ def warm(
             if progress["state"] == "finished" and progress["reason"]:
                 raise OperatorError(f"the warming has ended early: {progress['reason']}")
         missing = _not_warmed(progress)
-        if missing and ids:
+        # A cache that is full, and what can never be in it, are a normal end of a bucket. A failed fetch is none.
+        if missing and (ids or progress["failed"]):
             raise PartialSuccess(missing, progress)
         if missing:
             print(f"distributor: {missing}", file=sys.stderr)
@@ -282,6 +295,7 @@ def warm(
     _run(context, execute, fleet=fleet)
 
 
+_HERE = ("stored", "kept_by_peer")  # reasons to skip an object that is where it should be
 _REASONS = {
     "unknown": "the catalog does not know it",
     "malformed": "this catalog has no such ids",
@@ -294,15 +308,20 @@ _REASONS = {
 
 
 def _not_warmed(progress: Mapping[str, Any]) -> str:
-    """Say which objects were not fetched and why: the first ones by name, then a count. Empty: none."""
-    named = progress.get("notWarmed", ())  # without it: a node of an earlier version
-    if not named:
+    """Say how many objects were not fetched and why: by reason, then the first ones by name. Empty: none."""
+    from distributor_node.shared.settings.sizes import plural
+
+    reasons = Counter(progress["skippedFor"], failed=progress["failed"])
+    missing = {name: reasons[name] for name in sorted(reasons) if name not in _HERE and reasons[name]}
+    count = sum(missing.values())
+    if not count:
         return ""
-    skipped = Counter(progress["skippedFor"])
-    missing = progress["failed"] + skipped.total() - skipped["stored"] - skipped["kept_by_peer"]
+    by_reason = ", ".join(f"{name} {number}" for name, number in missing.items())
+    said = f"not fetched: {count} of {plural(progress['total'], 'object')} ({by_reason})"
+    named = progress.get("notWarmed", ())  # without it: a node of an earlier version
     listed = ", ".join(f"{one['id']} ({_REASONS.get(one['reason'], one['reason'])})" for one in named)
-    more = f", and {missing - len(named)} more" if missing > len(named) else ""
-    return f"not fetched: {listed}{more}"
+    more = f", and {count - len(named)} more" if listed and count > len(named) else ""
+    return f"{said}: {listed}{more}" if listed else said
 
 
 def _added(before: Mapping[str, Any], last: dict[str, Any]) -> dict[str, Any]:
@@ -358,6 +377,7 @@ def explain(
     object_id: Annotated[str, typer.Argument(metavar="ID", help="Object id, not percent-encoded.")],
 ) -> None:
     """Show what the node knows of one object, and how many bytes would be evicted before it."""
+    check_ids([object_id])
     _run(context, lambda client: client.query(f"cache/{_encoded(object_id)}"))
 
 
@@ -446,9 +466,15 @@ def _watch(client: OperatorClient) -> dict[str, Any]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("waiting", total=None, counts="")
+        task, told = bar.add_task("waiting", total=None, counts=""), ""
         while True:
             found = client.query("warm")
+            if found["reason"] not in ("", told) and found["state"] != "finished":
+                told = found["reason"]
+                # Above the bar. Where the bar is not shown, as in a log, this is all that is said before the end.
+                bar.console.print(
+                    f"distributor: the warming waits: {told}", markup=False, highlight=False, soft_wrap=True
+                )
             bar.update(
                 task,
                 description=found["state"],

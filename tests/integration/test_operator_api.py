@@ -551,9 +551,75 @@ async def test_a_command_says_which_objects_it_has_not_warmed(tmp_path: Path) ->
     async with operated(tmp_path) as (_, operator):
         done = await command(operator, "warm", *(f"gone{number}" for number in range(13)))
         assert done.returncode == 1
-        assert "not fetched: gone0 (the catalog does not know it), gone1 (" in done.stderr
+        assert (
+            "not fetched: 13 of 13 objects (unknown 13): gone0 (the catalog does not know it), gone1 ("
+            in done.stderr
+        )
         assert "gone9 (the catalog does not know it), and 3 more\n" in done.stderr
         assert json.loads(done.stdout)["skippedFor"] == {"unknown": 13}
+
+
+def lists(api: RunningApi, monkeypatch: pytest.MonkeyPatch, *objects: MediaObject) -> None:
+    """Have the catalog list these objects. Another look-up of one fails."""
+
+    async def list_objects(assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
+        yield objects
+
+    async def look_up(object_id: ObjectId) -> None:
+        raise CatalogUnavailable("the squid is away")
+
+    monkeypatch.setattr(api.context.catalog, "list_objects", list_objects)
+    monkeypatch.setattr(api.context.catalog, "look_up", look_up)
+
+
+async def test_a_failed_fetch_is_an_error_of_a_warming_of_all_and_what_cannot_be_cached_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warming_module, "_LISTING_RETRY_DELAY", 0.0)
+    large = [MediaObject(ObjectId(f"large{number}"), 2**50) for number in range(11)]
+    async with operated(tmp_path) as (api, operator):
+        lists(api, monkeypatch, *large)
+        done = await command(operator, "warm", "--all")
+        assert done.returncode == 0
+        assert "distributor: not fetched: 11 of 11 objects (too_large 11): large0 (" in done.stderr
+        lists(api, monkeypatch, *large, MediaObject(ObjectId("8"), 1000))
+        done = await command(operator, "warm", "--all")
+        assert done.returncode == 1
+        assert "distributor: not fetched: 12 of 12 objects (failed 1, too_large 11): large0 (" in done.stderr
+        assert "8 (could not be fetched), and 2 more\n" in done.stderr
+        assert json.loads(done.stdout)["failed"] == 1
+
+
+async def test_a_warming_says_that_it_waits_for_the_end_of_draining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warming_module, "_LISTING_RETRY_DELAY", 0.0)
+    async with operated(tmp_path) as (api, operator):
+        lists(api, monkeypatch, MediaObject(ObjectId("8"), 1000))
+        await operator.command("drain", {"on": True})
+        warming = asyncio.create_task(command(operator, "warm", "--all"))
+
+        async def waits() -> bool:
+            return str((await operator.query("warm"))["reason"]).startswith("the node drains")
+
+        await eventually(waits)
+        await asyncio.sleep(1.0)  # two polls of the command
+        await operator.command("drain", {"on": False})
+        done = await warming
+        assert (
+            done.stderr.count("distributor: the warming waits: the node drains, until `drain --off`\n") == 1
+        )
+        assert (await operator.query("warm"))["reason"] == ""
+
+
+@pytest.mark.parametrize("name", ["purge", "pin", "unpin", "warm", "explain"])
+async def test_an_empty_id_is_an_error_before_any_is_sent(tmp_path: Path, name: str) -> None:
+    async with operated(tmp_path) as (api, operator):
+        given = [""] if name == "explain" else ["7", ""]
+        done = await command(operator, name, *given)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines()[-1] == f'ids[{len(given) - 1}]: expected an object id, got ""'
+        assert not await api.context.state.pinned()
 
 
 async def test_a_bucket_that_does_not_exist_is_not_warmed(

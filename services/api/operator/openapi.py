@@ -323,9 +323,10 @@ SCHEMAS: dict[str, Any] = {
         failed=count(),
         notWarmed=array(
             _closed(id=_OBJECT_ID, reason=_TEXT),
-            description="The first objects that are not here afterwards, each with one of these reasons, or `failed`.",
+            description="Up to ten objects that are not here afterwards, failed ones in preference, each with one of "
+            "these reasons, or `failed`.",
         ),
-        reason={**_TEXT, "description": "Why it ended early, if it did."},
+        reason={**_TEXT, "description": "Why it waits, or why it ended early. Empty: it does neither."},
     ),
     "Page": _closed(
         objects=array(

@@ -40,6 +40,8 @@ _MOST_FETCHES = 5
 """Fetches of one object that may end before it is complete: for lack of clients, or because a fetcher refused it."""
 _LISTING_ATTEMPTS, _LISTING_RETRY_DELAY = 3, 5.0
 
+_DRAINING = "the node drains, until `drain --off`"
+"""Why a warming waits."""
 _MOST_NAMED = 10
 """Objects that were not fetched whose ids a warming keeps."""
 
@@ -74,9 +76,8 @@ class _Progress:
 
     def end(self, outcome: _Outcome, object_id: ObjectId) -> None:
         """Count what became of one object, and name it if it is missing afterwards."""
-        if outcome not in _NOT_MISSING and len(self.now.not_warmed) < _MOST_NAMED:
-            named = (*self.now.not_warmed, (str(object_id), str(outcome)))
-            self.now = replace(self.now, not_warmed=named)
+        if outcome not in _NOT_MISSING:
+            self._name(outcome, object_id)
         now = self.now
         if outcome == "done":
             self.now = replace(now, done=now.done + 1)
@@ -85,6 +86,14 @@ class _Progress:
         else:
             counts = {**now.skipped_for, outcome.value: now.skipped_for.get(outcome.value, 0) + 1}
             self.now = replace(now, skipped=now.skipped + 1, skipped_for=counts)
+
+    def _name(self, outcome: _Outcome, object_id: ObjectId) -> None:
+        """Keep the id. A failure replaces the last id of another reason: it is what has to be looked into."""
+        named = [*self.now.not_warmed, (str(object_id), str(outcome))]
+        if len(named) > _MOST_NAMED:
+            others = [one for one in named if one[1] != "failed"]
+            named.remove(others[-1] if others else named[-1])
+        self.now = replace(self.now, not_warmed=tuple(named))
 
 
 class CacheWarmer:
@@ -220,7 +229,10 @@ class CacheWarmer:
 
     async def _fetch_planned(self, progress: _Progress) -> None:
         while progress.planned:
-            await self._context.operator_state.wait_until(_not_draining)
+            if not _not_draining(self._context.operator_state.current):
+                progress.now = replace(progress.now, reason=_DRAINING)
+                await self._context.operator_state.wait_until(_not_draining)
+                progress.now = replace(progress.now, reason="")
             if not progress.planned:
                 return
             listed = progress.planned.popleft()
