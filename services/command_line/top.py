@@ -486,11 +486,9 @@ def _table(width: int, columns: Sequence[_Column], rows: Sequence[Sequence[str |
 
 def size(count: float) -> str:
     """As the page writes it."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    from distributor_node.shared.settings.sizes import size_in_words
+
+    return size_in_words(count)
 
 
 def duration(seconds: float) -> str:

@@ -46,6 +46,10 @@ class LinesRead:
     first_elsewhere: str = ""  # file, line, and what was expected
     first_unreadable: str = ""  # file, line, and what was expected
 
+    @property
+    def total(self) -> int:
+        return self.counted + self.other + self.unreadable + self.not_sampled
+
 
 def read_logs(
     paths: Iterable[Path],

@@ -26,7 +26,7 @@ from distributor_node.services.replay.scenarios import (
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import AUTO_COST
 from distributor_node.shared.domain.eviction.simulator import Outcome, WindowRules
-from distributor_node.shared.settings.sizes import format_size, plural
+from distributor_node.shared.settings.sizes import format_size, plural, size_in_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def replay(request: ReplayRequest, progress_to: Console) -> str:
         recording = Recording(read_sizes(request.sizes_file) if request.sizes_file else None)
         counts = _read(request, recording, progress)
         if not len(recording):
-            raise ConfigurationError(_without_objects(counts))
+            raise ConfigurationError(_without_objects(request.logs, counts))
         own, results, windowed = _try_all(request, recording, progress)
     if request.picture is not None:
         request.picture.write_text(
@@ -75,14 +75,30 @@ def replay(request: ReplayRequest, progress_to: Console) -> str:
     return json.dumps(report.document(), indent=2) + "\n" if request.as_json else report.text()
 
 
-def _without_objects(counts: LinesRead) -> str:
-    lines = f"{plural(counts.other, 'other line')}, {counts.unreadable} unreadable"
-    message = f"log: no responses with objects ({lines})"
+def _without_objects(logs: Sequence[Path], counts: LinesRead) -> str:
+    if not counts.total:
+        empty = "an empty file" if len(logs) == 1 else f"{len(logs)} empty files"
+        return f"log: expected responses with objects, got {empty}: {', '.join(map(str, logs))}"
+    lines = plural(counts.total, "line")
+    message = f"log: expected responses with objects, got none in {lines}: {_not_counted(counts)}"
     if counts.first_elsewhere:
         message += f". {_elsewhere(counts)}"
     if counts.first_unreadable:
         message += f". The first unreadable line: {counts.first_unreadable}"
     return message
+
+
+def _not_counted(counts: LinesRead) -> str:
+    """Say why lines are not replayed. Empty: all are."""
+    one = "is no response with an object", "is unreadable", "is not in the sample"
+    more = "are no responses with objects", "are unreadable", "are not in the sample"
+    numbers = counts.other, counts.unreadable, counts.not_sampled
+    said = [
+        f"{number} {singular if number == 1 else several}"
+        for number, singular, several in zip(numbers, one, more, strict=True)
+        if number
+    ]
+    return " and ".join(filter(None, (", ".join(said[:-1]), *said[-1:])))
 
 
 def _elsewhere(counts: LinesRead) -> str:
@@ -158,12 +174,10 @@ def _default_of(settings: Sequence[Setting]) -> Setting | None:
 
 
 def _about(recording: Recording, counts: LinesRead) -> list[str]:
-    lines = [
-        f"{plural(len(recording), 'request')} for {plural(recording.objects, 'object')}"
-        f" ({recording.footprint / 1024**3:.1f} GiB) in {recording.days:.1f} days;"
-        f" {plural(counts.other, 'other line')}, {counts.unreadable} unreadable"
-        + (f", {counts.not_sampled} not in the sample." if counts.not_sampled else ".")
-    ]
+    objects = f"{plural(recording.objects, 'object')} ({size_in_words(recording.footprint)})"
+    lines = [f"{plural(len(recording), 'request')} for {objects} in {_span(recording.days)}."]
+    if counts.counted < counts.total:
+        lines.append(f"Of {plural(counts.total, 'line')}, {_not_counted(counts)}.")
     if counts.first_unreadable:
         lines.append(f"The first unreadable line: {counts.first_unreadable}")
     if counts.elsewhere > len(recording):
@@ -177,6 +191,13 @@ def _about(recording: Recording, counts: LinesRead) -> list[str]:
     if recording.logged_hit_ratio is not None:
         lines.append(f"By the log's own account, {recording.logged_hit_ratio:.1%} of requests were hits.")
     return lines
+
+
+def _span(days: float) -> str:
+    for unit, length in (("days", 1.0), ("h", 1 / 24), ("min", 1 / 1440)):
+        if days >= length:
+            return f"{days / length:.1f} {unit}"
+    return f"{days * 86_400:.0f} s"
 
 
 # What windows change
@@ -226,7 +247,7 @@ class WindowResult:
 
 def _share(saved: int, before: int) -> str:
     """Less than 0 where more is fetched: what is evicted early is fetched again."""
-    return f"{saved / max(1, before):.1%} ({saved / _GIB:.1f} GiB)"
+    return f"{saved / max(1, before):.1%} ({size_in_words(saved)})"
 
 
 def describe_viewing(shares: Sequence[float], above: int) -> str:
@@ -335,7 +356,6 @@ def _result_document(result: Result) -> Mapping[str, object]:
 TOLERANCE = 0.01  # hit ratios that differ by less count as equal
 FEWEST_REQUESTS = 1000
 """From fewer nothing is concluded. With so many the standard error of a hit ratio is 1.6 points at most."""
-_GIB = 1024**3
 _COLUMNS = (
     "cache",
     "setting",
@@ -360,7 +380,7 @@ def render_table(results: Sequence[Result]) -> str:
         )
         lines.append(
             f"| {size_label(result)} | {result.setting.name} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)}"
-            f" | {outcome.bytes_written / _GIB:.1f} GiB | {outcome.evicted} |"
+            f" | {size_in_words(outcome.bytes_written)} | {outcome.evicted} |"
         )
     return "\n".join(lines)
 
@@ -369,7 +389,7 @@ def size_label(result: Result) -> str:
     """Return the cache size as requested, with its bytes if it was a percentage."""
     size = result.size
     return (
-        f"{size.label} ({size.limit / _GIB:.2f} GiB)" if size.label.endswith("%") else format_size(size.limit)
+        f"{size.label} ({size_in_words(size.limit)})" if size.label.endswith("%") else format_size(size.limit)
     )
 
 

@@ -64,6 +64,17 @@ def plural(number: float, noun: str) -> str:
     return f"{number:.0f} {noun}{'' if number == 1 else 's'}"
 
 
+def size_in_words(count: float) -> str:
+    """Return `7.8 KiB`: bytes as the node's page writes them, in a unit that fits. Less than 0 has its sign."""
+    if count < 0:
+        return f"-{size_in_words(-count)}"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
 _SCHEMA: dict[str, list[dict[str, Any]]] = {
     "anyOf": [
         {"type": "integer", "minimum": 0, "maximum": _MAX_SIZE},

@@ -45,6 +45,7 @@ from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import AUTO_COST, MissCost
 from distributor_node.shared.domain.eviction.simulator import Outcome, Rules
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 AT = 1_764_000_000.0
 OURS = {
@@ -208,7 +209,7 @@ def test_a_size_too_large_for_any_disk_is_one_unreadable_line(tmp_path: Path) ->
     done = CliRunner().invoke(app, ["replay", str(log), "--size", "1M"])
     assert done.exit_code == 0, done.output
     assert "2 requests for 1 object (" in done.output
-    assert "2 unreadable" in done.output
+    assert "2 are unreadable" in done.output
 
 
 records = st.lists(
@@ -289,7 +290,7 @@ def test_the_first_unreadable_line_is_reported_with_its_field(tmp_path: Path, li
     trace.write_text(f"1 7 100\n{line}\n6 7 x\n")
     done = CliRunner().invoke(app, ["replay", str(trace), "--size", "1M"])
     assert done.exit_code == 0, done.output
-    assert "2 unreadable" in done.output
+    assert "2 are unreadable" in done.output
     assert f"trace.tr: line 2: {reason}" in done.output
 
 
@@ -564,4 +565,23 @@ def test_logs_without_objects_are_refused(tmp_path: Path) -> None:
     log.write_text("nothing here\n", encoding="utf-8")
     done = CliRunner().invoke(app, ["replay", str(log)])
     assert isinstance(done.exception, ConfigurationError)
-    assert "1 unreadable" in str(done.exception)
+    assert "got none in 1 line: 1 is unreadable. The first unreadable line: " in str(done.exception)
+    log.write_text("")
+    with pytest.raises(
+        ConfigurationError, match=f"expected responses with objects, got an empty file: {log}"
+    ):
+        raise CliRunner().invoke(app, ["replay", str(log)]).exception or AssertionError
+
+
+def test_small_logs_are_told_in_units_that_fit(tmp_path: Path) -> None:
+    log = tmp_path / "access.csv"
+    log.write_text(f"time,id,size\n{AT},1,1000\n{AT + 90},2,5000\nx\ny\n")
+    told = (
+        CliRunner().invoke(app, ["replay", str(log), "--size", "50%", "--policy", "lru"]).stdout.splitlines()
+    )
+    size = footprint(1000) + footprint(5000)
+    assert told[0] == f"2 requests for 2 objects ({size / 1024:.1f} KiB) in 1.5 min."
+    assert told[1] == "Of 5 lines, 1 is no response with an object and 2 are unreadable."
+    (row,) = [line for line in told if "| lru |" in line]
+    assert row.startswith(f"| 50% ({size / 2048:.1f} KiB) | lru | ")
+    assert row.endswith(" | 1000 B | 0 |")

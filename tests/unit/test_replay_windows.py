@@ -21,6 +21,7 @@ from distributor_node.shared.domain.eviction import Lru
 from distributor_node.shared.domain.eviction.simulator import Outcome, Request, Rules, Simulation, WindowRules
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import VIEW_WINDOW, Watermarks, footprint
+from distributor_node.shared.settings.sizes import size_in_words
 
 AT = 1_764_000_000.0
 MIB, GIB = 1024**2, 1024**3
@@ -130,8 +131,9 @@ def test_one_of_a_kind_is_told_in_the_singular(tmp_path: Path) -> None:
     told = '1.2.3.4 - - [24/Nov/2025:16:00:00 +0000] "GET /api/v1/assets/42 HTTP/1.1" 206 17'
     log.write_text(f"{told}\n{told.replace('assets/42', 'status')}\n", encoding="utf-8")
     lines = run(log).splitlines()
-    assert lines[0] == "1 request for 1 object (0.0 GiB) in 0.0 days; 1 other line, 0 unreadable."
-    assert lines[1] == "1 object has only partial responses, so its size is a lower bound (see --sizes)."
+    assert lines[0] == f"1 request for 1 object ({size_in_words(footprint(17))}) in 0 s."
+    assert lines[1] == "Of 2 lines, 1 is no response with an object."
+    assert lines[2] == "1 object has only partial responses, so its size is a lower bound (see --sizes)."
 
 
 # Where a response begins

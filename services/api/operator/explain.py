@@ -27,7 +27,7 @@ from distributor_node.shared.ports.state_store import (
 )
 from distributor_node.shared.runtime.process_reports import RemovedObject, read_reports
 from distributor_node.shared.settings.model import EvictorSettings
-from distributor_node.shared.settings.sizes import plural
+from distributor_node.shared.settings.sizes import plural, size_in_words
 
 CATALOG_TIMEOUT = 10.0
 """Seconds for the look-up of an object that is not here."""
@@ -214,7 +214,7 @@ def in_words(
     if explained["pinned"]:
         sentences.append("An operator has pinned it, so it is never evicted to make room.")
     if before:
-        size = _bytes(explained["bytesBefore"])
+        size = size_in_words(explained["bytesBefore"])
         sentences.append(f"{plural(before, 'object')} ({size}) would be evicted before it.")
     elif before is not None:
         otherwise = "Otherwise it" if sending or recent else "It"
@@ -236,7 +236,7 @@ def _state_in_words(explained: Mapping[str, Any]) -> str:
         case "stored":
             last = _duration(max(0.0, time.time() - explained["lastAccess"]))
             times = "once" if explained["views"] == 1 else f"{explained['views']} times"
-            return f"It is on disk: {_bytes(explained['size'])}, viewed {times}, last read {last} ago."
+            return f"It is on disk: {size_in_words(explained['size'])}, viewed {times}, last read {last} ago."
         case "leaving":
             return (
                 "It is being removed: requests miss it, and its bytes count until its readers have finished."
@@ -249,17 +249,17 @@ def _state_in_words(explained: Mapping[str, Any]) -> str:
             )
         case "fetching":
             fetch = explained["fetch"]
-            total = _bytes(fetch["size"]) if fetch["size"] else "an unknown size"
+            total = size_in_words(fetch["size"]) if fetch["size"] else "an unknown size"
             source = f" from {fetch['source']}" if fetch["source"] else ""
-            return f"It is being fetched{source}: {_bytes(fetch['bytes'])} of {total} are on disk."
+            return f"It is being fetched{source}: {size_in_words(fetch['bytes'])} of {total} are on disk."
         case "claimed" | "queued":
             return "Its fetch has been asked for and has not begun yet."
         case "parked":
             fetch = explained["fetch"]
-            total, views = _bytes(fetch["size"]), explained["views"]
+            total, views = size_in_words(fetch["size"]), explained["views"]
             times = "once" if views == 1 else f"{views} times"
             return (
-                f"It is not being fetched: {_bytes(fetch['bytes'])} of {total} are on disk, viewed {times}. "
+                f"It is not being fetched: {size_in_words(fetch['bytes'])} of {total} are on disk, viewed {times}. "
                 "The next request resumes there."
             )
         case "failed":
@@ -299,15 +299,6 @@ def _removal_in_words(removed: Mapping[str, Any]) -> str:
     read = "once" if views == 1 else f"{views} times"
     what, why = "What was on disk of it" if removed.get("partial") else "It", removal_reason(reason)
     return f"{what} was evicted {ago} ago: {why}. It had been viewed {read}, and not read for {idle}."
-
-
-def _bytes(count: float) -> str:
-    """As the node's page writes sizes."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _time_of_day(at: float) -> str:
