@@ -34,9 +34,10 @@ Generated from the settings model by `distributor config reference` (`make refer
 
 Settings come from their defaults, then a YAML file (`--config FILE`), then the environment; later ones override
 earlier ones. In the file, a dot is a level: `storage.limit` is `limit` below `storage`. Sizes are bytes, or a number
-and a unit (`500G`, `64M`; units are powers of 1024). Durations are seconds. Lists in the environment are separated by
-commas (`0:1,0:2`), or JSON; `peers.weights` is JSON there. Unknown names are refused, in the file and among the
-variables that begin with `DISTRIBUTOR_`.
+and a unit (`500G`, `64M`; units are powers of 1024). Durations are seconds. A relative path is relative to the working
+directory of the service or command, not to the settings file. Lists in the environment are separated by commas
+(`0:1,0:2`), or JSON; `peers.weights` is JSON there. Unknown names are refused, in the file and among the variables that
+begin with `DISTRIBUTOR_`.
 A secret can be in a file: `DISTRIBUTOR_STATE_STORE__URL_FILE=/run/secrets/redis-url`, likewise for
 `DISTRIBUTOR_JOB_QUEUE__URL` and `DISTRIBUTOR_OPERATOR_API__SECRET`. In a URL, the characters `/ ? # @ [ ]` of a
 password are percent-encoded.

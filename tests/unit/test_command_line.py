@@ -105,6 +105,17 @@ def test_the_configuration_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == render_reference(), "run: make reference"
 
 
+def test_relative_paths_follow_the_working_directory_as_the_reference_says(
+    settings_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settings_file.write_text(settings_file.read_text().replace("{limit", "{path: volume, limit"))
+    path = load_settings(settings_file).storage.path
+    assert path.absolute() == tmp_path / "elsewhere" / "volume"
+    assert "A relative path is relative to the working directory" in " ".join(render_reference().split())
+
+
 def test_the_schema_is_up_to_date() -> None:
     assert (ROOT / "docs" / "settings.schema.json").read_text() == render_schema(), "run: make reference"
 
