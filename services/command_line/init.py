@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from inspect import cleandoc
 from pathlib import Path
@@ -59,25 +60,28 @@ def init(
         ),
     ] = None,
 ) -> None:
-    """Write a settings file with comments. What the options do not say is asked, if there is a terminal."""
+    """Write a settings file with comments. What the options do not say is asked, if there is a terminal.
+
+    An answer that is invalid is asked for again, with the reason. An option that is invalid is an error.
+    """
+    _check_new(file)
     ask = _Questions(interactive=sys.stdin.isatty())
-    kind = CatalogKind(
-        ask.text("Kind of catalog (manifest, origin, joystream)", catalog, CatalogKind.MANIFEST)
-    )
+    kind = ask.kind(catalog)
     name, question, suggestion = _SOURCES[kind]
-    chosen: dict[str, Any] = {
-        "catalog.kind": kind.value,
-        f"catalog.{name}": ask.text(question, source, suggestion),
-    }
+    ask.setting(f"catalog.{name}", question, source, suggestion)
+    others: list[tuple[str, str, object, str]] = [
+        ("storage.path", "Directory of the volume", path, "/var/lib/distributor"),
+        ("storage.limit", "Storage limit", limit, "20G"),
+    ]
     if kind is CatalogKind.JOYSTREAM:
-        worker = ask.text("Worker id", worker_id, "0")
-        chosen["worker_id"] = int(worker) if worker.isdecimal() else worker
-    chosen["storage.path"] = ask.text("Directory of the volume", path, "/var/lib/distributor")
-    chosen["storage.limit"] = ask.text("Storage limit", limit, "20G")
+        others.insert(0, ("worker_id", "Worker id", worker_id, "0"))
+    # Options first: a mistake in one of them ends the command before more is asked.
+    for setting, question, given, suggestion in sorted(others, key=lambda one: one[2] is None):
+        ask.setting(setting, question, given, suggestion)
     if ask.yes("With Redis and RabbitMQ", servers):
-        chosen["state_store.url"] = "redis://localhost:6379/0"
-        chosen["job_queue.url"] = "amqp://localhost:5672/"
-    _write(file, render_settings(chosen))
+        ask.chosen["state_store.url"] = "redis://localhost:6379/0"
+        ask.chosen["job_queue.url"] = "amqp://localhost:5672/"
+    _write(file, render_settings(ask.chosen))
     print(f"{file} is written. Check it with: distributor config check --config {file}")
 
 
@@ -86,16 +90,58 @@ class _Questions:
 
     def __init__(self, *, interactive: bool) -> None:
         self._interactive = interactive
+        self.chosen: dict[str, Any] = {}  # valid values, by path
 
-    def text(self, question: str, given: object, suggestion: str) -> str:
-        if given is not None:
-            return str(given)
-        return str(typer.prompt(question, default=str(suggestion))) if self._interactive else str(suggestion)
+    def kind(self, given: CatalogKind | None) -> CatalogKind:
+        def check(text: str) -> str:
+            if text not in set(CatalogKind):
+                raise ConfigurationError(f"catalog.kind: expected {', '.join(CatalogKind)}, got {text!r}")
+            return text
+
+        question = f"Kind of catalog ({', '.join(CatalogKind)})"
+        kind = CatalogKind(self._answer(question, given, CatalogKind.MANIFEST, check))
+        self.chosen["catalog.kind"] = kind.value
+        return kind
+
+    def setting(self, path: str, question: str, given: object, suggestion: str) -> None:
+        """Choose a value that is valid beside those chosen before. Raises ConfigurationError for an invalid option."""
+        from distributor_node.shared.settings.load import check_settings
+
+        def check(text: str) -> int | str:
+            value = int(text) if path == "worker_id" and text.isdecimal() else text
+            check_settings(_nested({**self.chosen, path: value}))
+            return value
+
+        self.chosen[path] = self._answer(question, given, suggestion, check)
 
     def yes(self, question: str, given: bool | None) -> bool:
         if given is not None:
             return given
         return self._interactive and bool(typer.confirm(question, default=False))
+
+    def _answer(self, question: str, given: object, suggestion: str, check: Callable[[str], Any]) -> Any:
+        if given is not None or not self._interactive:
+            return check(str(suggestion if given is None else given))
+
+        def check_answer(text: str) -> Any:
+            try:
+                return check(text)
+            except ConfigurationError as error:
+                raise typer.BadParameter(str(error)) from error  # printed, and the question asked again
+
+        return typer.prompt(question, default=str(suggestion), value_proc=check_answer)
+
+
+def _check_new(file: Path) -> None:
+    """Raise ConfigurationError if the file cannot be made, before anything is asked."""
+    if os.path.lexists(file):
+        raise _cannot_be_made(file, os.strerror(errno.EEXIST))
+    if not file.parent.is_dir():
+        raise _cannot_be_made(file, os.strerror(errno.ENOENT))
+
+
+def _cannot_be_made(file: Path, reason: str | None) -> ConfigurationError:
+    return ConfigurationError(f"{file}: expected a file that can be made, got: {reason}")
 
 
 def _write(file: Path, text: str) -> None:
@@ -103,7 +149,7 @@ def _write(file: Path, text: str) -> None:
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
-        raise ConfigurationError(f"{file}: expected a file that can be made, got: {error.strerror}") from None
+        raise _cannot_be_made(file, error.strerror) from None
     with os.fdopen(descriptor, "w", encoding="utf-8") as output:
         output.write(text)
 
@@ -116,11 +162,7 @@ def render_settings(chosen: Mapping[str, Any]) -> str:
     from distributor_node.shared.settings.load import check_settings, group_of
     from distributor_node.shared.settings.model import Settings
 
-    nested: dict[str, Any] = {}
-    for path, value in chosen.items():
-        above, _, name = path.rpartition(".")
-        (nested.setdefault(above, {}) if above else nested)[name] = value
-    check_settings(nested)
+    check_settings(_nested(chosen))
     lines = [
         "# Settings of a distributor node. Those in comments have their default. Secrets can be given by the"
     ]
@@ -134,6 +176,14 @@ def render_settings(chosen: Mapping[str, Any]) -> str:
         if group is not None:
             lines += ["", *_comment(group.__doc__ or "", ""), *_group(name, group, chosen)]
     return "\n".join(lines) + "\n"
+
+
+def _nested(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in chosen.items():
+        above, _, name = path.rpartition(".")
+        (nested.setdefault(above, {}) if above else nested)[name] = value
+    return nested
 
 
 def _group(name: str, group: type[BaseModel], chosen: Mapping[str, Any]) -> list[str]:
