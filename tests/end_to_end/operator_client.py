@@ -6,11 +6,11 @@ import asyncio
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from tests.end_to_end.client import Answer, exchange, get
+from tests.preloaded import run_preloaded
 from tests.servers.operator_token import SECRET, sign
 
 
@@ -64,14 +64,7 @@ async def distributor(
 ) -> subprocess.CompletedProcess[str]:
     """The console command."""
     return await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "distributor_node.services.command_line", *arguments],
-        env={**os.environ, **environment},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
+        run_preloaded, arguments, {**os.environ, **environment}, standard_input=stdin
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from distributor_node.services.demo.manifest import content_hash
 from distributor_node.services.demo.objects import DemoObject
 from tests.end_to_end.client import Answer, get
-from tests.end_to_end.preloaded import PreloadedProcess
+from tests.preloaded import PreloadedProcess
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 

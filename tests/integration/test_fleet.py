@@ -7,7 +7,6 @@ import hashlib
 import hmac
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ from distributor_node.shared.observability.metrics import counted_here
 from tests.counters import counted
 from tests.end_to_end.client import Answer, get
 from tests.integration.fleet_harness import PATIENT, Fleet, as_peer, fleet_of, is_whole, start_all
+from tests.preloaded import run_preloaded
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
 from tests.servers.tcp_relay import TcpRelay
@@ -562,15 +562,10 @@ async def order(fleet: Fleet, *arguments: str) -> tuple[int, dict[str, Any]]:
     urls = {f"http://127.0.0.1:{fleet.operators[base]}": base for base in fleet.bases}
     values = {"urls": fleet.bases, "own_url": fleet.bases[0], "operator_urls": list(urls)}
     config.write_text(yaml.safe_dump({"catalog": {"manifest": "unused"}, "peers": values}))
-    module = [sys.executable, "-m", "distributor_node.services.command_line"]
     done = await asyncio.to_thread(
-        subprocess.run,
-        [*module, "operator", "--config", str(config), *arguments, "--fleet"],
-        env={**os.environ, "DISTRIBUTOR_OPERATOR_API__SECRET": SECRET},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
+        run_preloaded,
+        ["operator", "--config", str(config), *arguments, "--fleet"],
+        {**os.environ, "DISTRIBUTOR_OPERATOR_API__SECRET": SECRET},
     )
     printed = [json.loads(line) for line in done.stdout.splitlines()]
     return done.returncode, {urls[line["node"]]: line for line in printed}

@@ -23,20 +23,13 @@ from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.runtime.process import VERSION
 from distributor_node.shared.settings import Settings, load_settings
 from distributor_node.shared.settings.load import all_settings, check_settings, variable_of
+from tests.preloaded import run_preloaded
 
 ROOT = Path(__file__).parents[2]
 
 
 def distributor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distributor_node.services.command_line", *arguments],
-        cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", **environment},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    return run_preloaded(arguments, {"PATH": "/usr/bin:/bin", **environment}, ROOT)
 
 
 @pytest.fixture

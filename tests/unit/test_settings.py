@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.settings import Settings, load_settings
 from distributor_node.shared.settings.load import all_settings, read_environment, variable_of
 from distributor_node.shared.settings.model import METRICS_PORTS
+from tests.preloaded import run_preloaded
 
 ROOT = Path(__file__).parents[2]
 AS_PERCENT = "state_store.url: expected redis://user:password@host:port/…, with / ? # @"
@@ -294,15 +294,7 @@ def test_check_remarks_on_a_secret_that_the_node_warns_of(length: int, remarks: 
 
 
 def distributor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distributor_node.services.command_line", *arguments],
-        cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", **VALID, **environment},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    return run_preloaded(arguments, {"PATH": "/usr/bin:/bin", **VALID, **environment}, ROOT)
 
 
 def test_lists_in_the_environment() -> None:

@@ -1,6 +1,6 @@
-"""Processes of the command line that are forked from one which has imported the libraries, and so start sooner.
+"""Processes of the command line that are forked from one which has imported what they need, and so start sooner.
 
-The end-to-end tests start more than a thousand processes, and most of the CPU time that each needs to be ready is that
+The tests start more than a thousand processes, and most of the CPU time that each needs to be ready is that
 of the same imports. Nothing of ours is opened or decided at import, with one exception: where prometheus-client keeps
 its metrics. So this is for services of one process, and an API with several workers is executed.
 """
@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 _PRELOADED = [
     "anyio._backends._asyncio",
@@ -44,11 +45,24 @@ _forks.set_forkserver_preload(_PRELOADED)
 class PreloadedProcess:
     """`distributor …` in a session of its own. The methods are those of `subprocess.Popen`."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """`log`: where its output is appended. It is there from the beginning."""
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        errors: Path | None = None,
+        folder: Path | None = None,
+        standard_input: Path = Path(os.devnull),
+    ) -> None:
+        """`log`: where its output is appended. It is there from the beginning. `errors`: likewise for standard error;
+        None: it goes to `log`. `folder`: its working directory.
+        """
         log.touch()
+        files = str(standard_input), str(log), str(errors or log)
         self._process = _forks.Process(
-            target=_run, args=(list(arguments), dict(environment), str(log)), daemon=True
+            target=_run,
+            args=(list(arguments), dict(environment), files, str(folder or Path.cwd())),
+            daemon=True,
         )
         with _lock:
             self._process.start()
@@ -78,13 +92,36 @@ class PreloadedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """The life of the forked process. Ends by SystemExit."""
+def run_preloaded(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path | None = None,
+    standard_input: str = "",
+    timeout: float = 120,
+) -> subprocess.CompletedProcess[str]:
+    """Run `distributor …` to its end, as subprocess.run does. `timeout`: in seconds; it is killed then."""
+    with TemporaryDirectory() as place:
+        given, output, errors = (Path(place) / name for name in ("input", "output", "errors"))
+        given.write_text(standard_input)
+        process = PreloadedProcess(arguments, environment, output, errors, folder, given)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(
+            ["distributor", *arguments], code, output.read_text(), errors.read_text()
+        )
+
+
+def _run(arguments: list[str], environment: dict[str, str], files: tuple[str, str, str], folder: str) -> None:
+    """The life of the forked process. Ends by SystemExit. `files`: standard input, standard output, standard error."""
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for standard in (1, 2):
-        os.dup2(output, standard)
-    os.close(output)
+    os.chdir(folder)
+    for standard, path in enumerate(files):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT if standard else os.O_RDONLY, 0o644)
+        os.dup2(file, standard)
+        os.close(file)
+    sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
     os.environ.clear()
