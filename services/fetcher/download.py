@@ -66,6 +66,9 @@ MAX_LATENCY = 0.05
 _UNBATCHED_BYTES = 64 * 1024
 """The first bytes of a stream, which are written at once, unless they are the whole object."""
 
+_SHORT_WRITE = 256 * 1024
+"""Bytes that the event loop itself may write and hash. The first read of a connection seldom has more."""
+
 _WRITEBACK_BYTES = 16 * 1024 * 1024
 """Written bytes that the disk is told to take, so that the sync at the end finds little left to do."""
 
@@ -295,7 +298,7 @@ class Download:
         limit = self._partial.record.size if side is None else side.limit(offset, begun=False)
         asked_at = time.monotonic()
         early, self._early = self._early, None
-        if early is not None and (offset or limit < self._partial.record.size):
+        if early is not None and (offset or side is not None):
             await early.close()
         if early is not None and early.is_closed:
             early = None
@@ -454,8 +457,8 @@ class PartialWriter:
     ) -> None:
         """Callbacks:
 
-        - `on_first_bytes` is called once, when the first bytes are on disk and more are to come, and followers were
-          woken where the kernel can do that. It must not raise.
+        - `on_first_bytes` is called once, when the first bytes are on disk and more are to come, and the kernel has
+          told followers. It must not raise.
         - `on_complete` is called in the thread that wrote the object's last byte, so that clients wait for one thread
           switch instead of two. Its result is stored in `verified`. Not called while the length is unknown.
         - `reserve` is called before bytes are written, with the size that the file will have.
@@ -522,8 +525,8 @@ class PartialWriter:
     async def put(self, data: bytes | memoryview) -> None:
         """Hand over the next bytes. Waits while HIGH_WATER bytes are unwritten.
 
-        What clients wait for is written at once, without the writer's task: the first piece of a stream, which is as
-        long as one read of the connection, or a small object that is there as a whole.
+        What clients wait for is written at once, without the writer's task: the first piece of a stream, or a small
+        object that is there as a whole.
         """
         self._pending.append(data)
         self._pending_bytes += len(data)
@@ -531,7 +534,9 @@ class PartialWriter:
         if self._writer is None:
             is_first = self._pending_bytes == self._received
             if is_first and self._small_rest <= self._pending_bytes:
-                await self._write_batch(self._disk.run_short)
+                # Where extents of the file are named, it may wait for a sync.
+                is_short = self._pending_bytes <= _SHORT_WRITE and not self._partial.has_extents_named
+                await self._write_batch(self._disk.run_short if is_short else self._disk.run)
                 return
             self._writer = asyncio.create_task(self._write_batches(), name="partial-writer")
             self._writer.add_done_callback(lambda _: self._has_room.set())
@@ -574,11 +579,8 @@ class PartialWriter:
         if self.on_written is not None:
             self.on_written(first, self._offset)
         notify, self._on_first_bytes = self._on_first_bytes, None
-        if (
-            notify is not None and self.verified is None
-        ):  # where all bytes are written, `on_complete` has told of them
-            self._partial.wake_followers()
-            # In the background, so that writing goes on
+        if notify is not None and self.verified is None:
+            # In the background, so that writing goes on. Where all bytes are written, `on_complete` has told of them.
             self._notify_task = asyncio.create_task(notify(), name="first-bytes")
 
     async def _wait_for_batch(self) -> bool:
@@ -603,6 +605,8 @@ class PartialWriter:
         complete = offset == self._partial.record.size and not self._partial.record.growing
         if complete and self._on_complete is not None:
             self.verified = self._on_complete()
+        elif self._on_first_bytes is not None:
+            self._partial.wake_followers()
 
 
 def batch_size(received: int) -> int:

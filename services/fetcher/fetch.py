@@ -37,6 +37,7 @@ from distributor_node.services.fetcher.download import (
     FetchLimits,
 )
 from distributor_node.services.fetcher.scheduler import Slot
+from distributor_node.services.fetcher.side_streams import MIN_SIZE
 from distributor_node.services.fetcher.window import FetchPaused
 from distributor_node.shared.adapters.sources.failover import EarlyStream, FailoverReader, Preference
 from distributor_node.shared.adapters.volume import PartialFile, Volume
@@ -100,15 +101,16 @@ class FetchRunner:
         self._early_from = -inf  # monotonic seconds
 
     def ask_early(self, job: FetchJob, first_choice: str | None) -> EarlyStream | None:
-        """Ask the source for an object while its lease is being asked for. The caller closes what is returned.
+        """Ask the source for a small object while its lease is being asked for. The caller closes what is returned.
 
         Only where the lease will be granted in all likelihood, and nothing is on the volume, or sources would be asked
         in vain: not for a job that was tried before, and not after refusals. And only where looking at the volume needs
         no thread. `first_choice`: the source to begin with.
         """
-        wanted = job.media_object
+        wanted, window = job.media_object, self._limits.window
         if not (
-            (wanted.size or 0) > 0
+            0 < (wanted.size or 0) < MIN_SIZE  # a larger one may have side streams
+            and (window is None or (wanted.size or 0) <= window.above)
             and wanted.content_hash is not None
             and job.attempt == 1
             and not job.low_priority

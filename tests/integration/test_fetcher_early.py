@@ -1,4 +1,4 @@
-"""A source is asked for an object while its lease is being asked for."""
+"""A source is asked for a small object while its lease is being asked for."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import Worker
 from distributor_node.services.fetcher.side_streams import MIN_SIZE
+from distributor_node.services.fetcher.window import WindowLimits
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.adapters.volume.layout import shard
@@ -40,9 +41,7 @@ from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harnes
 from tests.waiting import eventually
 
 DATA = GeneratedContent(7, 64 * 1024).read(0, 64 * 1024)
-MIB = 1024 * 1024
 LARGE = GeneratedContent(7, MIN_SIZE).read(0, MIN_SIZE)
-HUGE = GeneratedContent(7, 32 * MIB).read(0, 32 * MIB)
 
 
 class SlowStore(MemoryStateStore):
@@ -145,39 +144,11 @@ async def test_not_without_a_hash_whose_response_may_be_refused(harness: Harness
     assert not await asked_before_its_lease(harness, job)
 
 
-async def test_a_large_object_is_asked_for_once_too(tmp_path: Path) -> None:
-    """Its main stream begins at the first byte, whatever side streams read."""
+async def test_not_for_an_object_that_may_have_side_streams(tmp_path: Path) -> None:
     async with fetcher_harness(tmp_path, [LARGE], state_kind=SlowStore) as harness:
         store_of(harness).may_begin = asyncio.Event()
         harness.disk.keep_short_calls_in_loop()
-        assert await asked_before_its_lease(harness, harness.job(harness.wanted(LARGE)))
-        assert harness.stored() == LARGE
-        assert [len(node.requests) for node in harness.nodes] == [1]
-
-
-async def test_of_a_large_object_whose_lease_is_refused_little_is_read(tmp_path: Path) -> None:
-    async with fetcher_harness(tmp_path, [HUGE], state_kind=SlowStore) as harness:
-        store = store_of(harness)
-        store.may_begin = asyncio.Event()
-        harness.disk.keep_short_calls_in_loop()
-        held = await MemoryStateStore.begin(store, OBJECT_ID, len(HUGE), "another")
-        assert isinstance(held, Granted)
-        running = begun(harness, harness.job(harness.wanted(HUGE)))
-        requests = harness.nodes[0].requests
-
-        async def asked() -> bool:
-            return len(requests) == 1
-
-        async def ended() -> bool:
-            return requests[0].finished
-
-        await eventually(asked)
-        await asyncio.sleep(0.3)  # the source sends as much as is taken
-        store.may_begin.set()
-        await eventually(ended)
-        assert requests[0].bytes_sent < len(HUGE) / 2
-        running.cancel()
-        await asyncio.wait({running})
+        assert not await asked_before_its_lease(harness, harness.job(harness.wanted(LARGE)))
 
 
 @pytest.mark.parametrize("place", ["incoming/7.part", f"objects/{shard('7')}/7"])
@@ -249,6 +220,20 @@ async def test_after_a_refusal_that_others_will_get_no_source_is_asked_early_for
         return await asks(runner, job)
 
     await eventually(asks_again)
+
+
+async def test_not_where_a_window_asks_for_parts(harness: Harness) -> None:
+    for above, asked in ((len(DATA) - 1, False), (len(DATA), True)):
+        window = WindowLimits(window=64 * 1024, above=above, near=0, viewer_timeout=30)
+        runner = FetchRunner(
+            harness.state,
+            harness.volume,
+            harness.failover_reader,
+            harness.disk,
+            harness.times,
+            FetchLimits(window=window),
+        )
+        assert await asks(runner, harness.job(harness.wanted(DATA))) is asked
 
 
 async def asks(runner: FetchRunner, job: FetchJob) -> bool:

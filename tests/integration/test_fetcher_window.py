@@ -120,11 +120,7 @@ async def until_still(harness: Harness) -> int:
     return before
 
 
-@pytest.mark.parametrize("asked_early", [False, True])
-async def test_it_follows_its_viewer_on_one_connection(harness: Harness, asked_early: bool) -> None:
-    """Also where the connection is older than the lease."""
-    if asked_early:
-        harness.disk.keep_short_calls_in_loop()
+async def test_it_follows_its_viewer_on_one_connection(harness: Harness) -> None:
     await claim(harness)
     with viewers(harness, 0) as viewer:
         fetching = start(harness)

@@ -347,13 +347,18 @@ async def test_a_hit_at_a_node_of_a_fleet_calls_what_it_calls_at_a_node_by_itsel
     assert calls[0].total() > 5
 
 
+_OF_THE_SWEEP = frozenset(f"OpenObjectCache.{name}" for name in ("run", "sweep", "_sweep", "_close_if_idle"))
+"""What closes open files now and then, whatever is requested."""
+
+
 async def calls_of(request: Awaitable[Answer]) -> Counter[str]:
     """The functions of the fast path and of the fleet that are called in this thread until the answer is there."""
     counted: Counter[str] = Counter()
 
     def count(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
-        if event == "call" and ("/fast_path/" in code.co_filename or code.co_filename.endswith("/peers.py")):
+        ours = "/fast_path/" in code.co_filename or code.co_filename.endswith("/peers.py")
+        if event == "call" and ours and code.co_qualname not in _OF_THE_SWEEP:
             counted[code.co_qualname] += 1
 
     sys.setprofile(count)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,10 @@ from distributor_node.services.fetcher.admission import LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.download import PartialWriter
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
-from distributor_node.shared.adapters.volume import PartialFile, Volume
+from distributor_node.shared.adapters.volume import PartialFile, Volume, partial
+from distributor_node.shared.adapters.volume.records import atomic_write
 from distributor_node.shared.domain.errors import VolumeFull
+from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.ports.state_store import Granted
 from distributor_node.shared.runtime.threads import BlockingPool
@@ -32,6 +35,7 @@ class ObservedFile(PartialFile):
     def observe(self) -> None:
         self.writes: list[tuple[int, int]] = []
         self.writers: set[threading.Thread] = set()
+        self.wakers: list[threading.Thread] = []
         self.full = False
         self.handed_over: list[tuple[int, int]] = []
         self.slow_disk = threading.Event()
@@ -42,6 +46,10 @@ class ObservedFile(PartialFile):
 
     async def is_full(self) -> bool:
         return self.size == self.record.size
+
+    def wake_followers(self) -> None:
+        self.wakers.append(threading.current_thread())
+        super().wake_followers()
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         if self.full:
@@ -146,6 +154,62 @@ async def test_the_first_piece_needs_no_thread_where_the_disk_is_quick(bench: Be
         await writer.put(bytes(64 * KIB))
     assert threading.current_thread() in file.writers
     assert len(file.writers) == 2
+    file.close()
+
+
+async def test_the_loop_waits_for_no_thread_that_names_extents(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main stream of a sparse file begins again behind each extent. Naming syncs the sidecar."""
+    file = bench.open(8 * MIB)
+    bench.disk.keep_short_calls_in_loop()
+    file.write(0, bytes(MIB))
+    file.make_sparse(MIB)
+    began, may_end = threading.Event(), threading.Event()
+
+    def sync_slowly(*arguments: Any) -> None:
+        began.set()
+        assert may_end.wait(30)
+        atomic_write(*arguments)
+
+    monkeypatch.setattr(partial, "atomic_write", sync_slowly)
+    extents = Extents.of((0, MIB), (4 * MIB, 5 * MIB))
+    naming = asyncio.create_task(bench.disk.run(file.name_extents, extents))
+    await asyncio.to_thread(began.wait, 30)
+
+    async def announce() -> None:
+        pass
+
+    file.writers.clear()
+    async with (writer := PartialWriter(file, None, bench.renewer, bench.disk, announce)).writing(MIB):
+        await writer.put(bytes(64 * KIB))
+    assert not naming.done()
+    assert threading.current_thread() not in file.writers
+    may_end.set()
+    await naming
+    file.close()
+
+
+async def test_followers_are_woken_in_a_thread_where_the_loop_has_clients(bench: Bench) -> None:
+    file = bench.open(2 * MIB)
+
+    async def announce() -> None:
+        pass
+
+    async with (writer := PartialWriter(file, None, bench.renewer, bench.disk, announce)).writing(0):
+        await writer.put(bytes(64 * KIB))
+    assert len(file.wakers) == 1
+    assert threading.current_thread() not in file.wakers
+    file.close()
+
+
+async def test_a_first_piece_that_is_long_has_a_thread(bench: Bench) -> None:
+    file = bench.open(2 * MIB)
+    bench.disk.keep_short_calls_in_loop()
+    async with (writer := bench.writer(file)).writing(0):
+        await writer.put(bytes(MIB))
+        assert file.writes == [(0, MIB)]
+    assert threading.current_thread() not in file.writers
     file.close()
 
 

@@ -243,6 +243,11 @@ class PartialFile:
         """Whether bytes beyond the first gap may be written."""
         return self._extents is not None
 
+    @property
+    def has_extents_named(self) -> bool:
+        """Whether extents are named, or are being named for the first time: then any call here may wait for a sync."""
+        return self._extents is not None or self._lock.locked()
+
     def make_sparse(self, written: int) -> None:
         """Let bytes beyond the first gap be written. `written`: bytes from the first one on. Blocking, as it syncs."""
         with map_os_errors(f"make the partial file of {self.record.object_id} sparse"):
@@ -357,10 +362,15 @@ class PartialFile:
     def wake_followers(self) -> None:
         """Wake the processes of this kernel that wait for bytes: it tells them of a mode that is set, the same one too.
 
-        A hint: nothing is raised.
+        A hint: nothing is raised. Followers of a sparse file see only what is named, and that is announced. Blocking.
         """
-        with suppress(OSError), self._lock:
-            os.fchmod(self._descriptor, stat.S_IMODE(os.fstat(self._descriptor).st_mode))
+        if self._extents is not None or not self._lock.acquire(blocking=False):
+            return
+        try:
+            with suppress(OSError):
+                os.fchmod(self._descriptor, stat.S_IMODE(os.fstat(self._descriptor).st_mode))
+        finally:
+            self._lock.release()
 
     def start_writeback(self, first: int, end: int) -> None:
         """Have the kernel write bytes `first` to `end` (exclusive) to the disk, without waiting for it.
