@@ -534,8 +534,7 @@ class PartialWriter:
         if self._writer is None:
             is_first = self._pending_bytes == self._received
             if is_first and self._small_rest <= self._pending_bytes:
-                # Where extents of the file are named, it may wait for a sync.
-                is_short = self._pending_bytes <= _SHORT_WRITE and not self._partial.has_extents_named
+                is_short = self._pending_bytes <= _SHORT_WRITE and not self._partial.may_wait_for_sync
                 await self._write_batch(self._disk.run_short if is_short else self._disk.run)
                 return
             self._writer = asyncio.create_task(self._write_batches(), name="partial-writer")

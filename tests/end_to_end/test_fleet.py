@@ -62,9 +62,9 @@ def zipf(ids: Sequence[str], number: int) -> list[str]:
 async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_space(
     fleet: Fleet, tmp_path: Path
 ) -> None:
-    objects = [generated_object(str(number), 60 * KIB + number % 7 * 40 * KIB) for number in range(500)]
+    objects = [generated_object(str(number), 60 * KIB + number % 7 * 40 * KIB) for number in range(1500)]
     fleet.publish(objects)
-    ids, limit = zipf([item.object_id for item in objects], 3_300), 40 * MIB
+    ids, limit = zipf([item.object_id for item in objects], 10_000), 120 * MIB
     await fleet.up(3, limit // 3, most=1.01)
     await browse(fleet, 3, ids)
     together = fleet.far_bytes()
@@ -82,9 +82,9 @@ async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_sp
             cell.kill_all()
     single = fleet.far_bytes(begun)
     report(f"far bytes: {together} by three cells, {single} by one node, {together / single:.3f}")
-    # 0.97 on a quiet machine. Where cells answer late, some ask the source themselves: 1.11 at a load of 5.
-    # Nodes that know nothing of each other need twice as much.
-    assert together <= 1.25 * single
+    # 0.95 to 1.00 on a quiet machine. Where cells answer late, some ask the source themselves: 1.05 at a load of 8.
+    # Nodes that know nothing of each other need 1.3 times as much.
+    assert together <= 1.10 * single
 
 
 TWO_COPIES = {

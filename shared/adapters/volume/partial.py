@@ -244,9 +244,9 @@ class PartialFile:
         return self._extents is not None
 
     @property
-    def has_extents_named(self) -> bool:
-        """Whether extents are named, or are being named for the first time: then any call here may wait for a sync."""
-        return self._extents is not None or self._lock.locked()
+    def may_wait_for_sync(self) -> bool:
+        """Whether a write may have to wait for another thread, which syncs the extents that it names."""
+        return self.is_sparse or self._lock.locked()
 
     def make_sparse(self, written: int) -> None:
         """Let bytes beyond the first gap be written. `written`: bytes from the first one on. Blocking, as it syncs."""
@@ -364,7 +364,7 @@ class PartialFile:
 
         A hint: nothing is raised. Followers of a sparse file see only what is named, and that is announced. Blocking.
         """
-        if self._extents is not None or not self._lock.acquire(blocking=False):
+        if self.is_sparse or not self._lock.acquire(blocking=False):
             return
         try:
             with suppress(OSError):
